@@ -1,0 +1,74 @@
+"""Which code an answer stands on: the digests of a module and of every module of ours that it imports.
+
+A comment or a docstring changes no answer, so they are left out of the digest.
+"""
+
+import ast
+import hashlib
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+OURS = ("data", "models", "tasks", "flows")
+
+
+def code_digests(modules: tuple[str, ...], libraries: tuple[str, ...] = ()) -> dict[str, str]:
+    """`{module: digest}` of `modules` and all they import of ours, and `{library: version}`."""
+    seen: set[str] = set()
+    queue = list(modules)
+    while queue:
+        module = queue.pop()
+        if module not in seen:
+            seen.add(module)
+            queue.extend(_imports(module))
+    return {m: _digest(m) for m in sorted(seen)} | {name: version(name) for name in libraries}
+
+
+@cache
+def _source(module: str) -> Path | None:
+    spec = find_spec(module)
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    path = _source(module)
+    return ast.parse(path.read_text() if path else "")
+
+
+@cache
+def _digest(module: str) -> str:
+    tree = _tree(module)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_docstring(body[0]):
+            node.body = body[1:]  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@cache
+def _imports(module: str) -> frozenset[str]:
+    found: set[str] = set()
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            # `from data.sim import env` names a module, `from data.store import Store` does not
+            found |= {f"{node.module}.{a.name}" for a in node.names if _is_module(f"{node.module}.{a.name}")}
+    return frozenset(name for name in found if name.split(".")[0] in OURS)
+
+
+@cache
+def _is_module(name: str) -> bool:
+    if name.split(".")[0] not in OURS:
+        return False
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent is a module, not a package: an attribute was named
+        return False

@@ -1,0 +1,52 @@
+"""Why a stage is stale: which parameter, input or piece of code differs from the nearest artefact there is."""
+
+from typing import Any
+
+from data.store import Inputs, Store
+
+
+def why_stale(inputs: Inputs, store: Store, fault: str) -> str:
+    """One line, e.g. `train.fit.lr 0.0003 -> 0.001`; `fault` is what the store says of the entry itself."""
+    if fault.startswith("damaged"):
+        return fault
+    wanted = _flat(inputs)
+    differences = [_differences(_flat_manifest(m), wanted) for m in store.manifests(inputs.stage)]
+    if not differences:
+        return "not built yet"
+    nearest = min(differences, key=len)
+    if len(nearest) > max(4, len(wanted) // 2):
+        return "not built yet"
+    shown = ", ".join(nearest[:3])
+    return shown + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    def brief(value: Any) -> str:
+        text = "none" if value is None else str(value)
+        return text if len(text) <= 24 else text[:21] + "..."
+
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return [
+        f"{k} changed" if k.startswith(("code ", "input ")) else f"{k} {brief(old.get(k))} -> {brief(new.get(k))}"
+        for k in changed
+    ]
+
+
+def _flat(inputs: Inputs) -> dict[str, Any]:
+    return _flat_manifest(inputs.as_json)
+
+
+def _flat_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    _flatten("", manifest["params"], flat)
+    flat |= {f"code {module}": digest for module, digest in manifest["code"].items()}
+    parents = manifest["parents"]
+    return flat | {f"input {p['stage']} {i}": p["digest"] for i, p in enumerate(parents)}
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _flatten(f"{prefix}.{key}" if prefix else key, item, into)
+    else:
+        into[prefix] = value

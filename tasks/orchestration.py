@@ -1,0 +1,53 @@
+"""Prefect's side of a stage: a task run per unit of work, cached under the store's own key."""
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+from prefect.states import Completed
+
+from data.refs import Ref
+from data.store import Inputs, Store
+from tasks.stages import STAGES, Outcome, Session, perform
+
+
+class StoreKey(CachePolicy):
+    """The store's key is Prefect's key, so the two cannot disagree about what is stale."""
+
+    def compute_key(
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str | None:
+        return inputs["key"]
+
+
+def run_as_task(inputs: Inputs, label: str, current: Session) -> Outcome:
+    """Run one unit inside the current flow run.
+
+    Prefect's record is believed only when the store holds the artefact intact: a record whose files are gone or
+    damaged is refreshed.
+    """
+    outcomes: list[Outcome] = []
+
+    def unit(key: str, label: str, params: dict[str, Any], upstream: list[dict[str, str]]) -> Any:
+        outcome = perform(inputs, label, current)
+        outcomes.append(outcome)
+        ref = outcome.ref.to_json()
+        return Completed(name="Cached", data=ref) if outcome.cached else ref
+
+    intact, _ = Store().find(inputs.stage, inputs.key)
+    prefect_task = task(
+        unit,
+        name=inputs.stage,
+        task_run_name=f"{inputs.stage} {label}".strip(),
+        description=STAGES[inputs.stage].about,
+        cache_policy=StoreKey(),
+        persist_result=True,
+        result_serializer="json",
+        refresh_cache=intact is None or inputs.stage in current.force,
+    )
+    value = prefect_task(inputs.key, label, inputs.params, [p.to_json() for p in inputs.parents])
+    if outcomes:
+        return outcomes[0]
+    ref = Ref.from_json(value)
+    return Outcome(stage=inputs.stage, label=label, ref=intact or ref, cached=True, why="intact", seconds=0.0)

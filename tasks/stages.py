@@ -1,0 +1,194 @@
+"""The stage table, and `ensure`: the one way a stage's work gets done, whichever front asks.
+
+```
+ collect --+--> frames --+
+           +--> chunks --+--> train --> evaluate --> (registry)
+           +--> dataset -+                 ^
+                   +-----------------------+
+```
+`collect`, `frames` and `chunks` are made per batch of episodes, so a night costs what is new in it. A stage's key is
+made of its parameters, the digests of its upstream artefacts and of the code it stands on; `flywheel stage` (which
+`dvc.yaml` runs), `flywheel nightly` and a Prefect deployment all come here and so share every artefact.
+"""
+
+import contextvars
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from data.refs import Ref
+from data.registry import Registry
+from data.store import Build, Inputs, Store
+from tasks.code import code_digests
+from tasks.explain import why_stale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row of the table."""
+
+    body: str  # "module:function" of (build, params, upstream) -> None, which fills build.out
+    upstream: tuple[str, ...]  # stages whose artefacts it reads
+    libraries: tuple[str, ...]  # whose versions may change the answer
+    about: str  # one line for people
+
+
+STAGES: dict[str, Stage] = {
+    "collect": Stage(
+        body="tasks.collect:record_batch",
+        upstream=("train",),
+        libraries=("sapien", "lerobot", "av"),
+        about="rollouts of one batch of seeds as a finalized LeRobot v3 dataset",
+    ),
+    "frames": Stage(
+        body="tasks.dataset:decode_frames",
+        upstream=("collect",),
+        libraries=("av",),
+        about="the batch's videos as a memory-mapped uint8 frame store",
+    ),
+    "chunks": Stage(
+        body="tasks.dataset:build_chunk_table",
+        upstream=("collect",),
+        libraries=("polars",),
+        about="sub-goal events and chunk transitions of the batch",
+    ),
+    "dataset": Stage(
+        body="tasks.dataset:aggregate",
+        upstream=("collect", "frames"),
+        libraries=(),
+        about="the list of batches, the held-out split, the normalisation statistics",
+    ),
+    "train": Stage(
+        body="tasks.train:train_policy",
+        upstream=("dataset", "frames", "chunks"),
+        libraries=("torch",),
+        about="a policy checkpoint",
+    ),
+    "evaluate": Stage(
+        body="tasks.evaluate:score_policy",
+        upstream=("train", "dataset"),
+        libraries=("sapien", "torch"),
+        about="success on unseen seeds with its interval, videos, plot",
+    ),
+}
+
+# What carries work about, but has no say in what comes out of it.
+INFRASTRUCTURE = frozenset(
+    {"data.store", "data.refs", "data.paths", "data.errors", "data.registry", "tasks.stages", "tasks.code",
+     "tasks.explain", "tasks.progress", "tasks.recipe", "tasks.tracking", "tasks.spool", "tasks.versioning"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one unit of work."""
+
+    stage: str
+    label: str  # which unit, for people: "pick_cube seeds 0-19"
+    ref: Ref
+    cached: bool
+    why: str  # why it ran, or "intact"
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One run of a flow: what to force, and what became of each unit."""
+
+    force: frozenset[str] = frozenset()
+    dry: bool = False  # say what is stale and why, run nothing
+    on_start: Callable[[str, str, str], None] = lambda stage, label, why: None
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+_session: contextvars.ContextVar[Session] = contextvars.ContextVar("session")
+
+
+@contextmanager
+def session(current: Session) -> Iterator[Session]:
+    """Every `ensure` inside reports to `current` and obeys it."""
+    token = _session.set(current)
+    try:
+        yield current
+    finally:
+        _session.reset(token)
+
+
+def inputs_of(stage: str, params: dict[str, Any], upstream: Sequence[Ref], parts: tuple[str, ...] = ()) -> Inputs:
+    """What the artefact is made from. `parts`: modules chosen by name in `params` (a scene, a head)."""
+    row = STAGES[stage]
+    code = code_digests((row.body.split(":")[0], *parts), row.libraries)
+    relevant = {module: digest for module, digest in code.items() if module not in INFRASTRUCTURE}
+    return Inputs(stage=stage, params=params, parents=tuple(upstream), code=relevant)
+
+
+def ensure(
+    stage: str, params: dict[str, Any], upstream: Sequence[Ref] = (), *, label: str = "", parts: tuple[str, ...] = ()
+) -> Ref:
+    """The artefact of one unit of work: found if it is there and intact, made otherwise.
+
+    Inside a Prefect flow this is a task run, shown as Cached when nothing had to be done.
+    """
+    current = _session.get(None) or Session()
+    inputs = inputs_of(stage, params, upstream, parts)
+    if current.dry:
+        outcome = _foresee(inputs, label, current)
+    elif _in_flow():
+        from tasks.orchestration import run_as_task
+
+        outcome = run_as_task(inputs, label, current)
+    else:
+        outcome = perform(inputs, label, current)
+    current.outcomes.append(outcome)
+    current.on_outcome(outcome)
+    return outcome.ref
+
+
+def perform(inputs: Inputs, label: str, current: Session) -> Outcome:
+    """Find or make the artefact, here and now."""
+    store = Store()
+    started = time.monotonic()
+    forced = inputs.stage in current.force
+    ref, fault = store.find(inputs.stage, inputs.key)
+    why = "forced" if forced else "intact" if ref else why_stale(inputs, store, fault)
+    if ref is None or forced:
+        current.on_start(inputs.stage, label, why)
+    ref, cached = store.ensure(inputs, lambda build: _body(inputs)(build, inputs.params, inputs.parents), force=forced)
+    return Outcome(stage=inputs.stage, label=label, ref=ref, cached=cached, why=why, seconds=time.monotonic() - started)
+
+
+def _foresee(inputs: Inputs, label: str, current: Session) -> Outcome:
+    waiting = [p.stage for p in inputs.parents if not p.digest]
+    store = Store()
+    ref, fault = (None, "") if waiting else store.find(inputs.stage, inputs.key)
+    if waiting:
+        why = f"upstream {', '.join(sorted(set(waiting)))} will be made anew"
+    elif inputs.stage in current.force:
+        why = "forced"
+    else:
+        why = "intact" if ref else why_stale(inputs, store, fault)
+    # No digest: what is stale has none yet, and whoever stands on it learns from that.
+    stale = Ref(stage=inputs.stage, key=inputs.key, digest="", path="")
+    return Outcome(
+        stage=inputs.stage,
+        label=label,
+        ref=ref if ref and why == "intact" else stale,
+        cached=why == "intact",
+        why=why,
+        seconds=0.0,
+    )
+
+
+def _body(inputs: Inputs) -> Callable[[Build, dict[str, Any], Sequence[Ref]], None]:
+    return Registry("stage", {name: row.body for name, row in STAGES.items()}).resolve(inputs.stage)
+
+
+def _in_flow() -> bool:
+    if "prefect" not in sys.modules:
+        return False
+    return import_module("prefect.context").FlowRunContext.get() is not None
