@@ -1,0 +1,191 @@
+"""One robot, one scene, as a Gymnasium environment over SAPIEN.
+
+```
+ reset(seed) -> o_0, info_0        info_t: predicates of the state that o_t shows, and the expert's action for it
+ step(a_0)   -> o_1, r_0, ..., info_1
+                     r_0 = 1 exactly when a_0 completed the task, else 0; then `terminated` is set
+```
+An observation never holds an object's pose: what a policy knows, it sees.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from jaxtyping import Float32
+
+from data.errors import BadInput
+from data.schema import IMAGE, STATE, Component, Schema
+from data.sim import controllers, oracle
+from data.sim.randomization import Drawn, Randomization, draw
+from data.sim.registry import SCENES
+from data.sim.scenes.base import Scene, State
+from data.sim.world import World
+
+RENDERERS = ("auto", "sapien", "none")
+STATE_COMPONENTS = (
+    *(Component(name=f"joint_{i}.pos", unit="rad") for i in range(7)),
+    Component(name="gripper.pos", unit="m"),  # between the pads
+    *(Component(name=f"tcp.{axis}", unit="m") for axis in "xyz"),  # world frame
+    *(Component(name=f"tcp.q{part}", unit="1") for part in "wxyz"),  # with qx >= 0: pointing down is (0, 1, 0, 0)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimConfig:
+    """Everything that makes one environment; JSON-able by `dataclasses.asdict`."""
+
+    scene: str  # name in data.sim.registry
+    image_size: tuple[int, int] = (128, 128)  # height, width in pixels
+    cameras: tuple[str, ...] = ("head", "wrist")
+    control_mode: str = "delta_qpos"  # "delta_qpos", "qpos", "delta_ee_pose": see data.sim.controllers
+    control_hz: int = 20  # actions per second
+    substeps: int = 5  # physics steps per action
+    max_steps: int | None = None  # then the episode is truncated; None: the scene's own
+    renderer: str = "auto"  # "sapien"; "none": no pictures, no Vulkan; "auto": sapien if there are cameras
+    device: str = "auto"  # where pictures are made: "auto", "cpu", "cuda:N"
+    robot_body: str = "primitive"  # or "mesh": from the package example-robot-data
+    randomization: Randomization = field(default_factory=Randomization)
+    scene_reset_interval: int = 50  # episodes after which the simulation is built anew; 0: never
+    expert: bool = False  # info carries "expert_action" for the state it comes with
+
+    def __post_init__(self) -> None:
+        if self.renderer not in RENDERERS:
+            raise BadInput(f"unknown renderer {self.renderer!r}; use one of {', '.join(RENDERERS)}")
+        if self.renderer == "sapien" and not self.cameras:
+            raise BadInput("renderer 'sapien' without cameras; name some, or use renderer 'none'")
+        controllers.controller(self.control_mode)
+        SCENES.module(self.scene)
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The cameras that take pictures."""
+        return () if self.renderer == "none" else self.cameras
+
+    @property
+    def subgoal_names(self) -> tuple[str, ...]:
+        return tuple(SCENES.resolve(self.scene).subgoals)
+
+    def schema(self) -> Schema:
+        """What its observations and actions mean."""
+        return Schema(
+            cameras=self.seen,
+            image_size=self.image_size,
+            state=STATE_COMPONENTS,
+            action=controllers.controller(self.control_mode).components,
+            fps=self.control_hz,
+            control_mode=self.control_mode,
+        )
+
+
+class FlywheelEnv(gym.Env):
+    """See the drawing above. `info` after reset and step has
+
+    * "subgoals": predicate name -> bool;
+    * "success": bool, the scene's success has held for its `hold_steps`;
+    * "expert_action": float32, if `config.expert`;
+    * after reset also "randomization" (flat, JSON-able) and "task" (the instruction).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 (gymnasium's own form)
+
+    def __init__(self, config: SimConfig) -> None:
+        self.config = config
+        self.render_mode = "rgb_array" if config.seen else None
+        self.scene: Scene = SCENES.resolve(config.scene)
+        self.max_steps = config.max_steps or self.scene.max_steps
+        height, width = config.image_size
+        pictures = {IMAGE + camera: gym.spaces.Box(0, 255, (height, width, 3), np.uint8) for camera in config.seen}
+        vector = gym.spaces.Box(-np.inf, np.inf, (len(STATE_COMPONENTS),), np.float32)
+        self.observation_space = gym.spaces.Dict({**pictures, STATE: vector})
+        self.action_space = gym.spaces.Box(-1, 1, (len(config.schema().action),), np.float32)
+        self._world: World | None = None
+        self._resets = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
+        """Arrange what `seed` draws. Without one, the environment's own generator picks the next seed."""
+        super().reset(seed=seed)
+        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        self._drawn = draw(self.config.randomization, self.scene, self.seed)
+        self._build_world_if_due()
+        self._world.arrange(self._drawn)
+        self._steps, self._held_for = 0, 0
+        self._state = self._world.state()
+        info = self._info()
+        return self._observation(), {**info, "randomization": self._drawn.summary(), "task": self.scene.task}
+
+    def step(self, action: Float32[np.ndarray, "a"]) -> tuple[dict, float, bool, bool, dict[str, Any]]:
+        """Execute one action for 1/control_hz seconds. Values beyond [-1, 1] are clipped."""
+        action = np.asarray(action, np.float64)
+        if action.shape != self.action_space.shape or not np.isfinite(action).all():
+            raise BadInput(f"action of shape {action.shape} to {self.config.scene}: not {self.action_space.shape}, or NaN")
+        action = np.clip(action, -1, 1)
+        joints = controllers.controller(self.config.control_mode).target(action, self._state.q)
+        self._world.drive(joints, controllers.finger_target(action[-1]))
+        self._world.advance(self.config.substeps)
+        self._steps += 1
+        self._state = self._world.state()
+        self._held_for = self._held_for + 1 if self.scene.success(self._state) else 0
+        info = self._info()
+        terminated = info["success"]
+        truncated = self._steps >= self.max_steps and not terminated
+        return self._observation(), float(terminated), terminated, truncated, info
+
+    def render(self) -> np.ndarray | None:
+        """The first camera's picture."""
+        return next(iter(self._world.images().values()), None)
+
+    def get_state(self) -> dict[str, Any]:
+        """This moment of this episode, for `set_state` of any environment with the same configuration."""
+        return {
+            "seed": self.seed,
+            "physics": self._world.snapshot(),
+            "steps": self._steps,
+            "held_for": self._held_for,
+        }
+
+    def set_state(self, saved: dict[str, Any]) -> tuple[dict, dict[str, Any]]:
+        """Continue from a saved moment; returns what `step` would have shown there (observation, info)."""
+        self.reset(seed=saved["seed"])
+        self._world.restore(saved["physics"])
+        self._steps, self._held_for = saved["steps"], saved["held_for"]
+        self._state = self._world.state()
+        return self._observation(), self._info()
+
+    def close(self) -> None:
+        self._world = None
+
+    def _build_world_if_due(self) -> None:
+        interval = self.config.scene_reset_interval
+        if self._world is None or (interval and self._resets % interval == 0):
+            self._world = World(
+                self.scene,
+                cameras=self.config.seen,
+                image_size=self.config.image_size,
+                clutter=self.config.randomization.cluttered_table,
+                robot_body=self.config.robot_body,
+                device=self.config.device,
+                timestep=1 / (self.config.control_hz * self.config.substeps),
+            )
+        self._resets += 1
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        pictures = {IMAGE + camera: picture for camera, picture in self._world.images().items()}
+        return {**pictures, STATE: proprioception(self._state)}
+
+    def _info(self) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "subgoals": {name: bool(holds(self._state)) for name, holds in self.scene.subgoals.items()},
+            "success": self._held_for >= self.scene.hold_steps,
+        }
+        if self.config.expert:
+            step, gripper = oracle.joint_motion(self.scene, self._state)
+            info["expert_action"] = controllers.encode(self.config.control_mode, self._state.q, step, gripper)
+        return info
+
+
+def proprioception(state: State) -> Float32[np.ndarray, "s"]:
+    """STATE_COMPONENTS of a state."""
+    quaternion = state.tcp_quaternion if state.tcp_quaternion[1] >= 0 else -state.tcp_quaternion
+    return np.concatenate([state.q, [state.opening], state.tcp, quaternion]).astype(np.float32)

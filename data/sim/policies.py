@@ -1,0 +1,83 @@
+"""Who acts: what a rollout asks of a policy, and the two that need no training."""
+
+import hashlib
+import json
+from typing import Protocol
+
+import numpy as np
+
+from data.errors import BadInput
+
+EXPERT = "expert_action"  # beside the observation when `SimConfig.expert`: privileged, a learned policy must not look
+
+# Streams of randomness. A simulator draws its scene from the seed alone, and numpy pads seeds with zeros
+# (default_rng(7) is default_rng([7, 0])), so what is drawn here begins with a word of its own.
+_RANDOM, _NOISE = 0x7A11, 0x0E11
+
+
+class Policy(Protocol):
+    """Anything that acts. State, if it keeps any, is per episode and begins anew at `reset`."""
+
+    digest: str  # who acted, for the provenance of data and scores
+
+    def reset(self, lane: int, seed: int) -> None:
+        """Lane `lane` begins the episode of `seed`: perhaps again, if its worker died."""
+
+    def act(
+        self, observation: dict[str, np.ndarray], tasks: list[str], seeds: list[int], steps: list[int]
+    ) -> np.ndarray:
+        """Answer n questions with a chunk of H actions each: float32 [n, H, A], in the environment's units.
+
+        `observation` has the environment's keys, each with a leading axis n. `seeds` name the episodes, `steps` count
+        from 0 in each. Randomness must be a function of (seed, step), or an episode cannot be done again.
+        """
+
+
+class RandomPolicy:
+    """Uniform in [-1, 1]: what nobody should lose to."""
+
+    digest = "random"
+
+    def __init__(self, action_dims: int = 8) -> None:
+        self.action_dims = action_dims
+
+    def reset(self, lane: int, seed: int) -> None:
+        pass
+
+    def act(
+        self, observation: dict[str, np.ndarray], tasks: list[str], seeds: list[int], steps: list[int]
+    ) -> np.ndarray:
+        draws = [_rng(_RANDOM, *key).uniform(-1, 1, self.action_dims) for key in zip(seeds, steps, strict=True)]
+        return np.array(draws, np.float32)[:, None]
+
+
+class OraclePolicy:
+    """The scene's scripted expert, its arm disturbed so that the data also shows how to recover.
+
+    `noise` is the standard deviation in action units (1 is the largest motion of one step); the gripper is left alone.
+    """
+
+    def __init__(self, noise: float = 0.0) -> None:
+        if not noise >= 0:
+            raise BadInput(f"oracle noise is {noise}; use a standard deviation of at least 0, in action units")
+        self.noise = noise
+        self.digest = "oracle:" + hashlib.sha256(json.dumps({"noise": noise}).encode()).hexdigest()[:12]
+
+    def reset(self, lane: int, seed: int) -> None:
+        pass
+
+    def act(
+        self, observation: dict[str, np.ndarray], tasks: list[str], seeds: list[int], steps: list[int]
+    ) -> np.ndarray:
+        if EXPERT not in observation:
+            raise BadInput("the oracle policy has no expert to ask; set `expert=True` in the simulator's configuration")
+        action = observation[EXPERT].astype(np.float32)
+        draws = [
+            _rng(_NOISE, *key).normal(0, self.noise, action.shape[1] - 1) for key in zip(seeds, steps, strict=True)
+        ]
+        action[:, :-1] += np.array(draws, np.float32)
+        return np.clip(action, -1, 1)[:, None]
+
+
+def _rng(stream: int, seed: int, step: int) -> np.random.Generator:
+    return np.random.default_rng([stream, seed, step])

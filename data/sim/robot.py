@@ -1,0 +1,254 @@
+"""A Franka Panda that needs no download: built from its published kinematics, masses and capsule geometry.
+
+`robot_body="mesh"` takes links and pictures from the `example-robot-data` package instead (same joints, same TCP).
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import BadInput
+from data.sim import meshes
+from data.sim.kinematics import FLANGE_HEIGHT, HAND_TURN, JOINT_HIGH, JOINT_LOW, JOINT_ORIGINS
+from data.sim.looks import Looks
+
+BASE = (-0.615, 0.0, 0.0)  # m: the base stands here, so that the TCP rests above the world's origin
+REST = np.array([0.0, np.pi / 8, 0.0, -5 * np.pi / 8, 0.0, 3 * np.pi / 4, np.pi / 4])  # rad
+FINGER_TRAVEL = 0.04  # m per finger; the opening is twice that
+FINGERS = ("panda_leftfinger", "panda_rightfinger")
+HAND = "panda_hand"
+
+# Drives act on acceleration: a joint is a critically damped oscillator whatever the arm's pose, and covers most of a
+# commanded step within one control period of 50 ms.
+ARM_STIFFNESS = 6400.0  # 1/s²
+ARM_DAMPING = 160.0  # 1/s
+ARM_ARMATURE = 0.3  # kg m²: the rotors' inertia seen through the gears; keeps joints from disturbing one another
+ARM_FORCE = 200.0  # N m, about twice what the real joints hold: enough for the accelerations above
+FINGER_STIFFNESS = 1000.0  # N/m
+FINGER_DAMPING = 100.0  # N s/m
+FINGER_FORCE = 70.0  # N, the real hand's continuous grasp force
+FINGER_FRICTION = 2.0  # rubber pads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capsule:
+    """A capsule in its link's frame, in metres."""
+
+    start: tuple[float, float, float]
+    end: tuple[float, float, float]
+    radius: float
+    dark: bool = False  # the grey of the joints instead of the white of the links
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A box in its link's frame, in metres."""
+
+    center: tuple[float, float, float]
+    half_size: tuple[float, float, float]
+    dark: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One rigid part. Masses: Gaz et al. 2019, "Dynamic identification of the Franka Emika Panda robot"."""
+
+    name: str
+    mass: float  # kg
+    shapes: tuple[Capsule | Box, ...]
+    solid: bool = True  # takes part in collisions
+
+
+LINKS = (
+    Link(
+        name="panda_link0",
+        mass=0.63,
+        solid=False,
+        shapes=(
+            Box(center=(-0.04, 0, 0.02), half_size=(0.11, 0.095, 0.02), dark=True),
+            Capsule(start=(-0.08, 0, 0.07), end=(0, 0, 0.07), radius=0.065),
+            Capsule(start=(0, 0, 0.06), end=(0, 0, 0.13), radius=0.075),
+        ),
+    ),
+    Link(
+        name="panda_link1",
+        mass=4.97,
+        solid=False,
+        shapes=(
+            Capsule(start=(0, 0, -0.15), end=(0, 0, -0.03), radius=0.065),
+            Capsule(start=(0, -0.07, 0), end=(0, 0.0, 0), radius=0.062),
+        ),
+    ),
+    Link(
+        name="panda_link2",
+        mass=0.65,
+        solid=False,
+        shapes=(
+            Capsule(start=(0, 0, 0), end=(0, 0, 0.07), radius=0.06, dark=True),
+            Capsule(start=(0, 0, 0.04), end=(0, -0.16, 0.0), radius=0.058),
+        ),
+    ),
+    Link(
+        name="panda_link3",
+        mass=3.23,
+        solid=False,
+        shapes=(
+            Capsule(start=(0, 0, -0.13), end=(0, 0, -0.06), radius=0.062),
+            Capsule(start=(0.02, 0, -0.05), end=(0.0825, 0.0, 0), radius=0.058),
+        ),
+    ),
+    Link(
+        name="panda_link4",
+        mass=3.59,
+        shapes=(
+            Capsule(start=(0, 0, -0.06), end=(0, 0, 0.06), radius=0.056, dark=True),
+            Capsule(start=(0, 0, 0), end=(-0.0825, 0.1, 0), radius=0.06),
+        ),
+    ),
+    Link(
+        name="panda_link5",
+        mass=1.23,
+        shapes=(
+            Capsule(start=(0, 0, -0.26), end=(0, 0, -0.2), radius=0.06),
+            Capsule(start=(0, 0.04, -0.2), end=(0, 0.06, -0.04), radius=0.04),
+            Capsule(start=(0, 0.0, 0), end=(0, 0.06, 0), radius=0.048),
+        ),
+    ),
+    Link(
+        name="panda_link6",
+        mass=1.67,
+        shapes=(
+            Capsule(start=(0, 0, -0.05), end=(0, 0, 0.01), radius=0.05, dark=True),
+            Capsule(start=(0, 0, 0), end=(0.088, 0.0, 0), radius=0.046),
+        ),
+    ),
+    Link(
+        name="panda_link7",
+        mass=0.74,
+        shapes=(
+            Capsule(start=(0, 0, -0.03), end=(0, 0, 0.055), radius=0.045),
+            Capsule(start=(0, 0, 0.07), end=(0, 0, 0.08), radius=0.042, dark=True),
+        ),
+    ),
+    Link(
+        name=HAND,
+        mass=0.73,
+        shapes=(
+            Box(center=(0, 0, 0.02), half_size=(0.03, 0.045, 0.03)),
+            Box(center=(0, 0, 0.045), half_size=(0.024, 0.1, 0.018)),
+        ),
+    ),
+    Link(name=FINGERS[0], mass=0.015, shapes=(Box(center=(0, 0.008, 0.027), half_size=(0.0105, 0.008, 0.027), dark=True),)),
+    Link(name=FINGERS[1], mass=0.015, shapes=(Box(center=(0, -0.008, 0.027), half_size=(0.0105, 0.008, 0.027), dark=True),)),
+)
+
+
+def build(sapien, sim, *, body: str, looks: Looks | None):
+    """Add the robot to `sim`, its base at BASE, and return the articulation."""
+    if body == "primitive":
+        robot = _from_primitives(sapien, sim, looks)
+    elif body == "mesh":
+        robot = _from_meshes(sapien, sim, looks)
+    else:
+        raise BadInput(f"unknown robot_body {body!r}; use 'primitive' or 'mesh'")
+    robot.set_root_pose(sapien.Pose(BASE))
+    _set_drives(robot)
+    return robot
+
+
+def _set_drives(robot) -> None:
+    for link in robot.links:
+        link.disable_gravity = True  # the real arm compensates its own weight
+        for shape in link.collision_shapes:
+            shape.set_collision_groups([1, 1, 1, 0])  # bit in common: the robot's links pass through one another
+    for joint in robot.active_joints[:7]:
+        joint.set_armature([ARM_ARMATURE])
+        joint.set_drive_properties(ARM_STIFFNESS, ARM_DAMPING, ARM_FORCE, mode="acceleration")
+    for joint in robot.active_joints[7:]:
+        joint.set_drive_properties(FINGER_STIFFNESS, FINGER_DAMPING, FINGER_FORCE, mode="force")
+
+
+def _from_primitives(sapien, sim, looks: Looks | None):
+    builder = sim.create_articulation_builder()
+    friction = sapien.physx.PhysxMaterial(FINGER_FRICTION, FINGER_FRICTION, 0.0)
+    links = []
+    for index, link in enumerate(LINKS):
+        parent = None if index == 0 else links[min(index - 1, 8)]  # both fingers hang on the hand
+        part = builder.create_link_builder(parent)
+        part.set_name(link.name)
+        _set_joint(sapien, part, index)
+        _set_inertia(sapien, part, link)
+        if link.solid:
+            for shape in link.shapes:
+                _add_collision(sapien, part, shape, friction if link.name in FINGERS else None)
+        links.append(part)
+    robot = builder.build(fix_root_link=True)
+    if looks:
+        for component, link in zip(robot.links, LINKS, strict=True):
+            meshes_of = {dark: [_mesh(s) for s in link.shapes if s.dark == dark] for dark in (False, True)}
+            component.entity.add_component(looks.robot_visual(meshes_of[False], meshes_of[True]))
+    return robot
+
+
+def _set_joint(sapien, part, index: int) -> None:
+    """Joint between link `index` and its parent. SAPIEN's joints turn about (slide along) their frame's x axis."""
+    if index == 0:
+        return
+    z_to_x = [np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0]  # turns x into z
+    y_to_x = [np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)]  # turns x into y
+    if index <= 7:
+        position, roll = JOINT_ORIGINS[index - 1]
+        origin = sapien.Pose(position, [np.cos(roll / 2), np.sin(roll / 2), 0, 0])
+        turn, kind, limits = z_to_x, "revolute", (JOINT_LOW[index - 1], JOINT_HIGH[index - 1])
+        part.set_joint_name(f"panda_joint{index}")
+    elif index == 8:
+        origin = sapien.Pose([0, 0, FLANGE_HEIGHT], [np.cos(HAND_TURN / 2), 0, 0, np.sin(HAND_TURN / 2)])
+        turn, kind, limits = z_to_x, "fixed", ()
+        part.set_joint_name("panda_hand_joint")
+    else:
+        side = 1.0 if index == 9 else -1.0
+        origin = sapien.Pose([0, 0, 0.0584])
+        turn, kind, limits = y_to_x, "prismatic", (0.0, FINGER_TRAVEL)
+        if side < 0:  # turns x into -y
+            turn = [np.sqrt(0.5), 0.0, 0.0, -np.sqrt(0.5)]
+        part.set_joint_name(f"panda_finger_joint{index - 8}")
+    axis = sapien.Pose([0, 0, 0], turn)
+    part.set_joint_properties(kind, [limits], origin * axis, axis)
+
+
+def _set_inertia(sapien, part, link: Link) -> None:
+    """The published mass, spread evenly over the box around the link's shapes (no inertia smaller than 1e-4 kg m²)."""
+    corners = np.concatenate([_corners(shape) for shape in link.shapes])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    square = (high - low) ** 2
+    inertia = np.maximum(link.mass / 12 * (square.sum() - square), 1e-4)
+    part.set_mass_and_inertia(link.mass, sapien.Pose((low + high) / 2), inertia)
+
+
+def _corners(shape: Capsule | Box) -> np.ndarray:
+    if isinstance(shape, Box):
+        return np.stack([np.subtract(shape.center, shape.half_size), np.add(shape.center, shape.half_size)])
+    ends = np.array([shape.start, shape.end])
+    return np.concatenate([ends - shape.radius, ends + shape.radius])
+
+
+def _add_collision(sapien, part, shape: Capsule | Box, material) -> None:
+    if isinstance(shape, Box):
+        part.add_box_collision(sapien.Pose(shape.center), shape.half_size, material)
+        return
+    along = np.subtract(shape.end, shape.start)
+    turn = sapien.math.shortest_rotation([1, 0, 0], along / np.linalg.norm(along))
+    pose = sapien.Pose(np.add(shape.start, shape.end) / 2, turn)
+    part.add_capsule_collision(pose, shape.radius, float(np.linalg.norm(along) / 2), material)
+
+
+def _mesh(shape: Capsule | Box) -> meshes.Mesh:
+    if isinstance(shape, Box):
+        return meshes.box(shape.center, shape.half_size)
+    return meshes.capsule(shape.start, shape.end, shape.radius)
+
+
+def _from_meshes(sapien, sim, looks: Looks | None):
+    raise NotImplementedError
