@@ -63,10 +63,15 @@ def ensure_driver(device: str = "auto") -> None:
         return
     if os.environ.get("VK_ICD_FILENAMES") or os.environ.get("VK_DRIVER_FILES") or not icd.exists():
         return
-    if device.startswith("cuda") or (device == "auto" and _has_nvidia_vulkan()):
+    if resolve_device(device) == "cuda":
         return
     _preload(icd.parent)
     os.environ["VK_ICD_FILENAMES"] = str(icd)
+
+
+def resolve_device(device: str) -> str:
+    """ "cpu" or "cuda": the kind of device that "auto", "cpu" or "cuda:N" means on this machine."""
+    return "cuda" if device.startswith("cuda") or (device == "auto" and _has_nvidia_vulkan()) else "cpu"
 
 
 def load_sapien(device: str = "auto") -> ModuleType:
