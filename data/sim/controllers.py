@@ -91,7 +91,9 @@ def finger_target(gripper: float) -> float:
     return (FINGER_TRAVEL + SQUEEZE) * (float(gripper) + 1) / 2 - SQUEEZE
 
 
-def encode(mode: str, q: Float[np.ndarray, "7"], step: Float[np.ndarray, "7"], gripper: float) -> Float32[np.ndarray, "a"]:
+def encode(
+    mode: str, q: Float[np.ndarray, "7"], step: Float[np.ndarray, "7"], gripper: float
+) -> Float32[np.ndarray, "a"]:
     """The action that asks for a joint `step` (rad) from `q` and a gripper command, clipped to [-1, 1]."""
     action = np.append(controller(mode).encode(q, step), gripper)
     return np.clip(action, -1, 1).astype(np.float32)

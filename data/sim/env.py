@@ -13,11 +13,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from data.errors import BadInput
 from data.schema import IMAGE, STATE, Component, Schema
 from data.sim import controllers, oracle
+from data.sim.looks import Looks
 from data.sim.randomization import Drawn, Randomization, draw
 from data.sim.registry import SCENES
 from data.sim.scenes.base import Scene, State
@@ -47,7 +48,7 @@ class SimConfig:
     device: str = "auto"  # where pictures are made: "auto", "cpu", "cuda:N"
     robot_body: str = "primitive"  # or "mesh": from the package example-robot-data
     randomization: Randomization = field(default_factory=Randomization)
-    scene_reset_interval: int = 50  # episodes after which the simulation is built anew; 0: never
+    scene_reset_interval: int = 50  # episodes after which what is seen is built anew (physics always is); 0: never
     expert: bool = False  # info carries "expert_action" for the state it comes with
 
     def __post_init__(self) -> None:
@@ -100,79 +101,92 @@ class FlywheelEnv(gym.Env):
         vector = gym.spaces.Box(-np.inf, np.inf, (len(STATE_COMPONENTS),), np.float32)
         self.observation_space = gym.spaces.Dict({**pictures, STATE: vector})
         self.action_space = gym.spaces.Box(-1, 1, (len(config.schema().action),), np.float32)
-        self._world: World | None = None
+        self._looks: Looks | None = None
         self._resets = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
-        """Arrange what `seed` draws. Without one, the environment's own generator picks the next seed."""
+        """Build what `seed` draws. Without one, the environment's own generator picks the next seed."""
         super().reset(seed=seed)
         self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        self._drawn = draw(self.config.randomization, self.scene, self.seed)
-        self._build_world_if_due()
-        self._world.arrange(self._drawn)
-        self._steps, self._held_for = 0, 0
-        self._state = self._world.state()
+        drawn = draw(self.config.randomization, self.scene, self.seed)
+        if self.config.seen:
+            self._build_looks_if_due()
+            self._looks.apply(drawn)
+        self._begin(drawn)
         info = self._info()
-        return self._observation(), {**info, "randomization": self._drawn.summary(), "task": self.scene.task}
+        return self._observation(), {**info, "randomization": drawn.summary(), "task": self.scene.task}
 
     def step(self, action: Float32[np.ndarray, "a"]) -> tuple[dict, float, bool, bool, dict[str, Any]]:
         """Execute one action for 1/control_hz seconds. Values beyond [-1, 1] are clipped."""
-        action = np.asarray(action, np.float64)
+        action = np.asarray(action, np.float32)
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
-            raise BadInput(f"action of shape {action.shape} to {self.config.scene}: not {self.action_space.shape}, or NaN")
-        action = np.clip(action, -1, 1)
-        joints = controllers.controller(self.config.control_mode).target(action, self._state.q)
-        self._world.drive(joints, controllers.finger_target(action[-1]))
-        self._world.advance(self.config.substeps)
-        self._steps += 1
-        self._state = self._world.state()
-        self._held_for = self._held_for + 1 if self.scene.success(self._state) else 0
+            raise BadInput(
+                f"action for {self.config.scene}: {action.shape} {action}; "
+                f"{self.action_space.shape} finite numbers are needed"[:199]
+            )
+        self._execute(action)
         info = self._info()
         terminated = info["success"]
-        truncated = self._steps >= self.max_steps and not terminated
+        truncated = len(self._actions) >= self.max_steps and not terminated
         return self._observation(), float(terminated), terminated, truncated, info
 
     def render(self) -> np.ndarray | None:
         """The first camera's picture."""
-        return next(iter(self._world.images().values()), None)
+        return next(iter(self._pictures().values()), None)
 
     def get_state(self) -> dict[str, Any]:
-        """This moment of this episode, for `set_state` of any environment with the same configuration."""
-        return {
-            "seed": self.seed,
-            "physics": self._world.snapshot(),
-            "steps": self._steps,
-            "held_for": self._held_for,
-        }
+        """This moment: the seed and what was done since. For `set_state` of any environment of equal configuration."""
+        return {"seed": self.seed, "actions": np.array(self._actions, np.float32)}
 
     def set_state(self, saved: dict[str, Any]) -> tuple[dict, dict[str, Any]]:
-        """Continue from a saved moment; returns what `step` would have shown there (observation, info)."""
+        """Return to a saved moment, and what `step` returned there as (observation, info).
+
+        The physics is re-executed, without pictures, at about 0.5 ms a step: poses and velocities written into PhysX
+        would continue differently in the last bits, because its contact caches cannot be written.
+        """
         self.reset(seed=saved["seed"])
-        self._world.restore(saved["physics"])
-        self._steps, self._held_for = saved["steps"], saved["held_for"]
-        self._state = self._world.state()
+        for action in saved["actions"]:
+            self._execute(action)
         return self._observation(), self._info()
 
     def close(self) -> None:
-        self._world = None
+        self._world = self._looks = None
 
-    def _build_world_if_due(self) -> None:
+    def _begin(self, drawn: Drawn) -> None:
+        timestep = 1 / (self.config.control_hz * self.config.substeps)
+        self._world = World(self.scene, drawn, robot_body=self.config.robot_body, timestep=timestep)
+        self._state = self._world.state()
+        self._actions: list[np.ndarray] = []
+        self._held_for = 0
+
+    def _execute(self, action: Float32[np.ndarray, "a"]) -> None:
+        self._actions.append(action)
+        action = np.clip(action.astype(np.float64), -1, 1)
+        joints = controllers.controller(self.config.control_mode).target(action, self._state.q)
+        self._world.drive(joints, controllers.finger_target(action[-1]))
+        self._world.advance(self.config.substeps)
+        self._state = self._world.state()
+        self._held_for = self._held_for + 1 if self.scene.success(self._state) else 0
+
+    def _build_looks_if_due(self) -> None:
         interval = self.config.scene_reset_interval
-        if self._world is None or (interval and self._resets % interval == 0):
-            self._world = World(
+        if self._looks is None or (interval and self._resets % interval == 0):
+            self._looks = Looks(
                 self.scene,
                 cameras=self.config.seen,
                 image_size=self.config.image_size,
-                clutter=self.config.randomization.cluttered_table,
                 robot_body=self.config.robot_body,
                 device=self.config.device,
-                timestep=1 / (self.config.control_hz * self.config.substeps),
             )
         self._resets += 1
 
     def _observation(self) -> dict[str, np.ndarray]:
-        pictures = {IMAGE + camera: picture for camera, picture in self._world.images().items()}
-        return {**pictures, STATE: proprioception(self._state)}
+        return {**self._pictures(), STATE: proprioception(self._state)}
+
+    def _pictures(self) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
+        if not self._looks:
+            return {}
+        return {IMAGE + camera: picture for camera, picture in self._looks.take(self._world.poses()).items()}
 
     def _info(self) -> dict[str, Any]:
         info: dict[str, Any] = {

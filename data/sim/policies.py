@@ -1,12 +1,13 @@
 """Who acts: what a rollout asks of a policy, and the two that need no training."""
 
 import hashlib
-import json
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from data.errors import BadInput
+from data.sim import oracle
 
 EXPERT = "expert_action"  # beside the observation when `SimConfig.expert`: privileged, a learned policy must not look
 
@@ -61,7 +62,7 @@ class OraclePolicy:
         if not noise >= 0:
             raise BadInput(f"oracle noise is {noise}; use a standard deviation of at least 0, in action units")
         self.noise = noise
-        self.digest = "oracle:" + hashlib.sha256(json.dumps({"noise": noise}).encode()).hexdigest()[:12]
+        self.digest = f"oracle:{_expert_digest(noise)}"
 
     def reset(self, lane: int, seed: int) -> None:
         pass
@@ -77,6 +78,15 @@ class OraclePolicy:
         ]
         action[:, :-1] += np.array(draws, np.float32)
         return np.clip(action, -1, 1)[:, None]
+
+
+def _expert_digest(noise: float) -> str:
+    """Short digest of how the expert acts: the noise, and the code of all scenes' experts, which share parts."""
+    digest = hashlib.sha256(repr(float(noise)).encode())
+    folder = Path(oracle.__file__).parent
+    for path in [folder / "oracle.py", *sorted((folder / "scenes").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _rng(stream: int, seed: int, step: int) -> np.random.Generator:

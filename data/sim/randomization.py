@@ -4,7 +4,7 @@ Every knob has its own generator, derived from (seed, knob's name): switching on
 untouched. All off is the plain scene in which only the objects' places vary.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from zlib import crc32
 
 import numpy as np
@@ -65,7 +65,7 @@ class Drawn:
     sun: Color = (1.9, 1.85, 1.75)  # strength per channel
     sun_direction: tuple[float, float, float] = (-0.5, -0.35, -1.0)  # the way the light travels
     robot_shade: Color = (1.0, 1.0, 1.0)  # factor on the robot's colours
-    object_shade: dict[str, float] | None = None  # body -> factor on its colour
+    object_shade: dict[str, float] = field(default_factory=dict)  # body -> factor on its colour
     clutter: tuple[Clutter, ...] = ()
     table_drop: float = 0.0  # m
     head_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)  # m, world frame

@@ -4,15 +4,11 @@
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
-from data.errors import BadInput
 from data.sim import meshes
 from data.sim.kinematics import FLANGE_HEIGHT, HAND_TURN, JOINT_HIGH, JOINT_LOW, JOINT_ORIGINS
-from data.sim.looks import Looks
 
 BASE = (-0.615, 0.0, 0.0)  # m: the base stands here, so that the TCP rests above the world's origin
 REST = np.array([0.0, np.pi / 8, 0.0, -5 * np.pi / 8, 0.0, 3 * np.pi / 4, np.pi / 4])  # rad
@@ -30,6 +26,8 @@ FINGER_STIFFNESS = 1000.0  # N/m
 FINGER_DAMPING = 100.0  # N s/m
 FINGER_FORCE = 70.0  # N, the real hand's continuous grasp force
 FINGER_FRICTION = 2.0  # rubber pads
+
+COLORS = {"robot_light": (0.86, 0.87, 0.88), "robot_dark": (0.18, 0.19, 0.21)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,22 +138,37 @@ LINKS = (
             Box(center=(0, 0, 0.045), half_size=(0.024, 0.1, 0.018)),
         ),
     ),
-    Link(name=FINGERS[0], mass=0.015, shapes=(Box(center=(0, 0.008, 0.027), half_size=(0.0105, 0.008, 0.027), dark=True),)),
-    Link(name=FINGERS[1], mass=0.015, shapes=(Box(center=(0, -0.008, 0.027), half_size=(0.0105, 0.008, 0.027), dark=True),)),
+    Link(
+        name=FINGERS[0],
+        mass=0.015,
+        shapes=(Box(center=(0, 0.008, 0.027), half_size=(0.0105, 0.008, 0.027), dark=True),),
+    ),
+    Link(
+        name=FINGERS[1],
+        mass=0.015,
+        shapes=(Box(center=(0, -0.008, 0.027), half_size=(0.0105, 0.008, 0.027), dark=True),),
+    ),
 )
 
 
-def build(sapien, sim, *, body: str, looks: Looks | None):
-    """Add the robot to `sim`, its base at BASE, and return the articulation."""
-    if body == "primitive":
-        robot = _from_primitives(sapien, sim, looks)
-    elif body == "mesh":
-        robot = _from_meshes(sapien, sim, looks)
-    else:
-        raise BadInput(f"unknown robot_body {body!r}; use 'primitive' or 'mesh'")
+def build(sapien, sim, body: str):
+    """Add the robot's physics to `sim`, its base at BASE, and return the articulation."""
+    robot = _articulation(sapien, sim)
     robot.set_root_pose(sapien.Pose(BASE))
     _set_drives(robot)
     return robot
+
+
+def visuals(sapien, body: str) -> dict[str, list[tuple[meshes.Mesh, str]]]:
+    """What each link looks like: (mesh in the link's frame, name of one of COLORS)."""
+    return {
+        link.name: [
+            (meshes.merge(*(_mesh(shape) for shape in link.shapes if shape.dark == dark)), name)
+            for name, dark in (("robot_light", False), ("robot_dark", True))
+            if any(shape.dark == dark for shape in link.shapes)
+        ]
+        for link in LINKS
+    }
 
 
 def _set_drives(robot) -> None:
@@ -170,7 +183,7 @@ def _set_drives(robot) -> None:
         joint.set_drive_properties(FINGER_STIFFNESS, FINGER_DAMPING, FINGER_FORCE, mode="force")
 
 
-def _from_primitives(sapien, sim, looks: Looks | None):
+def _articulation(sapien, sim):
     builder = sim.create_articulation_builder()
     friction = sapien.physx.PhysxMaterial(FINGER_FRICTION, FINGER_FRICTION, 0.0)
     links = []
@@ -184,12 +197,7 @@ def _from_primitives(sapien, sim, looks: Looks | None):
             for shape in link.shapes:
                 _add_collision(sapien, part, shape, friction if link.name in FINGERS else None)
         links.append(part)
-    robot = builder.build(fix_root_link=True)
-    if looks:
-        for component, link in zip(robot.links, LINKS, strict=True):
-            meshes_of = {dark: [_mesh(s) for s in link.shapes if s.dark == dark] for dark in (False, True)}
-            component.entity.add_component(looks.robot_visual(meshes_of[False], meshes_of[True]))
-    return robot
+    return builder.build(fix_root_link=True)
 
 
 def _set_joint(sapien, part, index: int) -> None:
@@ -248,7 +256,3 @@ def _mesh(shape: Capsule | Box) -> meshes.Mesh:
     if isinstance(shape, Box):
         return meshes.box(shape.center, shape.half_size)
     return meshes.capsule(shape.start, shape.end, shape.radius)
-
-
-def _from_meshes(sapien, sim, looks: Looks | None):
-    raise NotImplementedError
