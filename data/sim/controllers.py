@@ -2,7 +2,7 @@
 
 | mode          | components                                | one unit is                                    |
 |---------------|-------------------------------------------|------------------------------------------------|
-| delta_qpos    | 7 joint steps, gripper                    | 0.1 rad from where the joint is now            |
+| delta_qpos    | 7 joint steps, gripper                    | 0.05 rad from where the joint is now            |
 | qpos          | 7 joint angles, gripper                   | half the joint's range from its middle         |
 | delta_ee_pose | TCP step x y z, turn x y z (base), gripper| 0.04 m, 0.15 rad from where the TCP is now     |
 
@@ -20,7 +20,7 @@ from data.schema import Component
 from data.sim import kinematics
 from data.sim.robot import FINGER_TRAVEL, REST
 
-JOINT_STEP = 0.1  # rad
+JOINT_STEP = 0.05  # rad
 TCP_STEP = 0.04  # m
 TCP_TURN = 0.15  # rad
 SQUEEZE = 0.01  # m beyond shut: what a closed gripper presses with
@@ -34,7 +34,7 @@ _HALF_RANGE = (kinematics.JOINT_HIGH - kinematics.JOINT_LOW) / 2
 class DeltaQpos:
     """Joint steps from the present angles."""
 
-    components = (*(Component(name=f"joint_{i}.delta", unit="0.1 rad") for i in range(7)), _GRIPPER)
+    components = (*(Component(name=f"joint_{i}.delta", unit="0.05 rad") for i in range(7)), _GRIPPER)
 
     def target(self, action: Float[np.ndarray, "8"], q: Float[np.ndarray, "7"]) -> Float[np.ndarray, "7"]:
         return q + JOINT_STEP * action[:7]

@@ -18,8 +18,8 @@ from data.sim.scenes.base import Body, Color, Part, Scene
 from data.sim.world import TABLE, TABLE_CENTER
 
 CAMERAS = ("head", "wrist")
-HEAD_EYE, HEAD_TARGET, HEAD_FOV = (0.46, 0.22, 0.44), (-0.02, 0.0, 0.06), 0.66  # m, m, rad (vertical)
-WRIST_EYE, WRIST_TARGET, WRIST_FOV = (0.085, 0.0, 0.0), (0.012, 0.0, 0.125), 1.2  # m in the hand's frame, rad
+HEAD_EYE, HEAD_TARGET, HEAD_FOV = (0.48, 0.22, 0.44), (-0.04, 0.0, 0.085), 0.68  # m, m, rad (vertical)
+WRIST_EYE, WRIST_TARGET, WRIST_FOV = (0.09, 0.0, 0.015), (0.03, 0.0, 0.125), 1.2  # m in the hand's frame, rad
 NEAR, FAR = 0.01, 10.0  # m
 FLOOR = -0.75  # m
 ELSEWHERE = (0.0, 0.0, -5.0)  # m: where unused clutter waits, out of sight

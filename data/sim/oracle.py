@@ -14,7 +14,7 @@ from data.sim import kinematics, robot
 from data.sim.scenes.base import Scene, State, Waypoint
 
 DOWN = np.diag([1.0, -1.0, -1.0])  # the TCP's frame when it points at the table
-MAX_JOINT_STEP = 0.08  # rad per control step: the arm's own limit is about 0.1
+MAX_JOINT_STEP = 0.04  # rad per control step, below the action's limit: room for noise
 MAX_TURN = 0.1  # rad per control step
 POSTURE_GAIN = 0.1  # share of the way back to the rest posture per step, in the one spare degree of freedom
 TRACKING = 0.6  # share of the remaining way asked for in one step: smooth arrival, no overshoot
@@ -23,7 +23,7 @@ TRACKING = 0.6  # share of the remaining way asked for in one step: smooth arriv
 def joint_motion(scene: Scene, state: State) -> tuple[Float[np.ndarray, "7"], float]:
     """The expert's joint step (rad) and gripper command (+1 opens, -1 closes) for `state`."""
     waypoint = scene.expert(state)
-    pose, jacobian = kinematics.forward(state.q)
+    _, jacobian = kinematics.forward(state.q)
     step = kinematics.joint_step(jacobian, _twist(waypoint, state), POSTURE_GAIN * (robot.REST - state.q))
     return step * min(1.0, MAX_JOINT_STEP / max(np.abs(step).max(), 1e-9)), waypoint.gripper
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,9 @@ Backend = Literal["auto", "sync", "async"]
 
 # One thread each: workers outnumber nothing, and lavapipe or BLAS threads of one would only push the others aside.
 WORKER_ENVIRONMENT = {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+# gymnasium's warnings before it raises a worker's exception here; only an unforeseen one's traceback is worth reading.
+_NOISE = r"(?s).*(Received the following error|Raising the last exception|Traceback.*BadInput)"
 
 
 class WorkerDied(RuntimeError):
@@ -61,6 +65,7 @@ def resolve_backend(backend: Backend, num_envs: int) -> str:
 
 
 def _start_workers(config: SimConfig, num_envs: int) -> AsyncVectorEnv:
+    warnings.filterwarnings("ignore", _NOISE, UserWarning)
     start = partial(_start_env, config, os.getpid())
     try:
         return AsyncVectorEnv(

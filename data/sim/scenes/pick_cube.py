@@ -8,7 +8,10 @@ HALF = 0.02  # m, half the cube's edge
 LIFT = 0.08  # m above the table that counts as lifted
 RANGE = (0.10, 0.14)  # m: the cube's centre is drawn from ±this in x and y
 YAW = 0.25  # rad: and turned by at most this, so that one way of grasping fits all
-CLOSE_ENOUGH = 0.008  # m between TCP and cube at which the gripper closes
+CLOSE = (0.012, 0.012, 0.010)  # m along x, y, z between TCP and cube at which the gripper begins to close
+KEEP_CLOSING = 1.8  # times that, once it is closing: a shove must not open it again
+FUNNEL = 0.012  # m: within this the TCP goes straight down
+SLOPE = 3.0  # m of height per m of horizontal error beyond
 HOVER = 0.07  # m above the cube while the TCP is not yet over it
 
 
@@ -38,16 +41,16 @@ def approach(state: State, body: str = "cube") -> Waypoint:
          []
     ```
     """
-    target = state.positions[body]
-    sideways = distance(state.tcp[:2], target[:2])
-    height = np.clip(4.0 * (sideways - 0.01), 0.0, HOVER)
-    near = sideways < CLOSE_ENOUGH * 1.5 and abs(state.tcp[2] - target[2]) < CLOSE_ENOUGH
-    return Waypoint(position=target + [0, 0, height], gripper=-1.0 if near else 1.0)
+    error = state.tcp - state.positions[body]
+    height = np.clip(SLOPE * (np.hypot(error[0], error[1]) - FUNNEL), 0.0, HOVER)
+    slack = KEEP_CLOSING if state.opening < 0.07 else 1.0
+    near = bool(np.all(np.abs(error) < slack * np.array(CLOSE)))
+    return Waypoint(position=state.positions[body] + np.array([0, 0, height]), gripper=-1.0 if near else 1.0)
 
 
 def expert(state: State) -> Waypoint:
     if grasped(state):
-        return Waypoint(position=state.tcp + [0, 0, 0.05], gripper=-1.0, speed=0.02)
+        return Waypoint(position=state.tcp + np.array([0, 0, 0.05]), gripper=-1.0, speed=0.02)
     return approach(state)
 
 
