@@ -17,7 +17,7 @@ CLUTTER_BODIES = tuple(
     Body(name=f"clutter_{i}", parts=(Part(half_size=half, shape=shape),), color=(0.5, 0.5, 0.5))
     for i, (shape, half) in enumerate(
         [
-            ("box", (0.02, 0.02, 0.05)),
+            ("box", (0.02, 0.02, 0.04)),
             ("ball", (0.025, 0.025, 0.025)),
             ("box", (0.03, 0.018, 0.012)),
             ("box", (0.015, 0.015, 0.03)),
@@ -183,10 +183,18 @@ def _clutter(rng: np.random.Generator, scene: Scene, layout: dict[str, Placement
     taken = [(layout[body.name].x, layout[body.name].y, body.clearance) for body in scene.bodies]
     placed: list[Clutter] = []
     for index in rng.permutation(len(CLUTTER_BODIES))[: rng.integers(2, len(CLUTTER_BODIES) + 1)]:
-        color, yaw = _floats(rng.uniform(0.05, 0.8, 3)), float(rng.uniform(-np.pi, np.pi))
+        color, yaw = _unlike(rng, scene), float(rng.uniform(-np.pi, np.pi))
         for x, y in np.transpose([rng.uniform(*span, 50) for span in CLUTTER_AREA]):
             if all(np.hypot(x - a, y - b) > radius + CLUTTER_RADIUS for a, b, radius in taken):
                 placed.append(Clutter(index=int(index), x=float(x), y=float(y), yaw=yaw, color=color))
                 taken.append((x, y, CLUTTER_RADIUS))
                 break
     return tuple(placed)
+
+
+def _unlike(rng: np.random.Generator, scene: Scene) -> Color:
+    """A colour whose hue is far from those of the scene's objects, so that "the red cube" stays the only one."""
+    while True:
+        color = rng.uniform(0.05, 0.8, 3)
+        if all(np.linalg.norm(color / color.max() - np.divide(b.color, max(b.color))) > 0.6 for b in scene.bodies):
+            return _floats(color)

@@ -194,6 +194,8 @@ class _Run:
                 heard.append(lane)
             except WorkerDied as death:
                 self._redo(lane, death)
+        if steps := sum(bool(self.trials[lane].rows) for lane in heard):  # the others' reply was to `reset`
+            self.on_step(steps)
         return heard
 
     def _redo(self, lane: int, death: WorkerDied) -> None:
