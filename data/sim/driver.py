@@ -165,7 +165,7 @@ class _PrivateApt:
 
 
 def _sources(etc: Path, release: str) -> dict[str, str]:
-    """The machine's sources for its own `release`, as file name -> text, with the backports suite where it is needed."""
+    """The machine's sources for its own `release`, as file name -> text, with the backports suite if needed."""
     wanted = {release, *ALIASES}
     sources = {}
     for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]:

@@ -46,7 +46,7 @@ class SimConfig:
     max_steps: int | None = None  # then the episode is truncated; None: the scene's own
     renderer: str = "auto"  # "sapien"; "none": no pictures, no Vulkan; "auto": sapien if there are cameras
     device: str = "auto"  # where pictures are made: "auto", "cpu", "cuda:N"
-    robot_body: str = "primitive"  # or "mesh": from the package example-robot-data
+    robot_body: str = "primitive"  # how the robot looks; "mesh": as in the package example-robot-data
     randomization: Randomization = field(default_factory=Randomization)
     scene_reset_interval: int = 50  # episodes after which what is seen is built anew (physics always is); 0: never
     expert: bool = False  # info carries "expert_action" for the state it comes with
@@ -154,7 +154,7 @@ class FlywheelEnv(gym.Env):
 
     def _begin(self, drawn: Drawn) -> None:
         timestep = 1 / (self.config.control_hz * self.config.substeps)
-        self._world = World(self.scene, drawn, robot_body=self.config.robot_body, timestep=timestep)
+        self._world = World(self.scene, drawn, timestep=timestep)
         self._state = self._world.state()
         self._actions: list[np.ndarray] = []
         self._held_for = 0

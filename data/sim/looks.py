@@ -117,28 +117,35 @@ class Looks:
 
     def _add_room(self) -> None:
         """A wall behind the robot, and a floor."""
-        self._add("wall", [(meshes.box((-1.6, 0, 0.5), (0.05, 3.0, 1.3)), "wall")])
-        self._add("floor", [(meshes.box((0, 0, FLOOR - 0.05), (1.6, 3.0, 0.05)), "floor")])
-        self._add("table", [(_mesh(TABLE), "table")])
+        wall, floor = meshes.box((-1.6, 0, 0.5), (0.05, 3.0, 1.3)), meshes.box((0, 0, FLOOR - 0.05), (1.6, 3.0, 0.05))
+        for name, mesh in {"wall": wall, "floor": floor, "table": _mesh(TABLE)}.items():
+            self._add(name, [self._shape(mesh, self._materials[name])])
 
     def _add_robot(self, body: str) -> None:
         for name, color in robot.COLORS.items():
             self._materials[name] = self._plain(color)
-        for link, parts in robot.visuals(self._sapien, body).items():
-            self._add(link, parts)
+        for link, pieces in robot.visuals(body).items():
+            self._add(link, [self._piece(piece) for piece in pieces])
 
     def _add_body(self, body: Body) -> None:
         self._materials[body.name] = self._plain(body.color)
-        self._add(body.name, [(_mesh(body), body.name)])
+        self._add(body.name, [self._shape(_mesh(body), self._materials[body.name])])
 
-    def _add(self, name: str, parts: list[tuple[meshes.Mesh, str]]) -> None:
-        """An entity of (mesh, material's name) parts."""
+    def _add(self, name: str, shapes: list) -> None:
         component = self._sapien.render.RenderBodyComponent()
-        for mesh, material in parts:
-            component.attach(self._shape(mesh, self._materials[material]))
+        for shape in shapes:
+            component.attach(shape)
         entity = self._entities[name] = self._sapien.Entity()
         entity.add_component(component)
         self._sim.add_entity(entity)
+
+    def _piece(self, piece: robot.Visual):
+        if isinstance(piece.mesh, Path):
+            shape = self._sapien.render.RenderShapeTriangleMesh(str(piece.mesh))
+        else:
+            shape = self._shape(piece.mesh, self._materials[piece.color])
+        shape.local_pose = self._sapien.Pose([0, 0, 0], [np.cos(piece.yaw / 2), 0, 0, np.sin(piece.yaw / 2)])
+        return shape
 
     def _shape(self, mesh: meshes.Mesh, material):
         return self._sapien.render.RenderShapeTriangleMesh(

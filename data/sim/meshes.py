@@ -1,4 +1,4 @@
-"""Low-polygon shapes as arrays. SAPIEN's own capsules have thousands of triangles; a software renderer pays for each."""
+"""Low-polygon shapes as arrays. SAPIEN's own capsules have thousands of triangles; software pays for each."""
 
 from dataclasses import dataclass
 

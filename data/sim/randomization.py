@@ -139,7 +139,7 @@ def _checks(rng: np.random.Generator) -> np.ndarray:
 
 
 def _stripes(rng: np.random.Generator) -> np.ndarray:
-    waves = rng.integers(0, 5, 2) + [1, 0]
+    waves = rng.integers([1, 0], [6, 5])
     row, column = np.indices((TEXTURE_SIZE, TEXTURE_SIZE)) / TEXTURE_SIZE
     return 0.5 + 0.5 * np.sin(2 * np.pi * (waves[0] * row + waves[1] * column))
 

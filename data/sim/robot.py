@@ -1,9 +1,12 @@
 """A Franka Panda that needs no download: built from its published kinematics, masses and capsule geometry.
 
-`robot_body="mesh"` takes links and pictures from the `example-robot-data` package instead (same joints, same TCP).
+`robot_body="mesh"` shows the meshes of the package `example-robot-data` instead; the physics stays the same, so equal
+seeds and actions give equal motion under either look.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -151,7 +154,7 @@ LINKS = (
 )
 
 
-def build(sapien, sim, body: str):
+def build(sapien, sim):
     """Add the robot's physics to `sim`, its base at BASE, and return the articulation."""
     robot = _articulation(sapien, sim)
     robot.set_root_pose(sapien.Pose(BASE))
@@ -159,16 +162,43 @@ def build(sapien, sim, body: str):
     return robot
 
 
-def visuals(sapien, body: str) -> dict[str, list[tuple[meshes.Mesh, str]]]:
-    """What each link looks like: (mesh in the link's frame, name of one of COLORS)."""
-    return {
-        link.name: [
-            (meshes.merge(*(_mesh(shape) for shape in link.shapes if shape.dark == dark)), name)
-            for name, dark in (("robot_light", False), ("robot_dark", True))
-            if any(shape.dark == dark for shape in link.shapes)
-        ]
-        for link in LINKS
-    }
+@dataclass(frozen=True, kw_only=True)
+class Visual:
+    """One piece of a link's look, in the link's frame."""
+
+    mesh: meshes.Mesh | Path  # a file brings its own colours
+    color: str | None = None  # one of COLORS, for a mesh
+    yaw: float = 0.0  # rad about z
+
+
+def visuals(body: str) -> dict[str, list[Visual]]:
+    """What each link looks like, for a `robot_body` of "primitive" or "mesh"."""
+    if body == "primitive":
+        return {link.name: _primitives(link) for link in LINKS}
+    if body == "mesh":
+        turns = {FINGERS[1]: np.pi}  # one file serves both fingers
+        pairs = zip(LINKS, _mesh_files(), strict=True)
+        return {link.name: [Visual(mesh=file, yaw=turns.get(link.name, 0.0))] for link, file in pairs}
+    raise BadInput(f"unknown robot_body {body!r}; use 'primitive' or 'mesh'")
+
+
+def _primitives(link: Link) -> list[Visual]:
+    pieces = []
+    for color, dark in (("robot_light", False), ("robot_dark", True)):
+        shapes = [_mesh(shape) for shape in link.shapes if shape.dark == dark]
+        if shapes:
+            pieces.append(Visual(mesh=meshes.merge(*shapes), color=color))
+    return pieces
+
+
+def _mesh_files() -> list[Path]:
+    """The visual meshes of LINKS in the package example-robot-data (Apache-2.0). Raises `BadInput` if it is absent."""
+    places = [Path(place) / "cmeel.prefix/share/example-robot-data/robots/panda_description" for place in sys.path]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise BadInput("robot_body 'mesh' needs the package example-robot-data; run `uv pip install -e '.[meshes]'`")
+    names = [*(f"link{i}" for i in range(8)), "hand", "finger", "finger"]
+    return [found / "meshes" / "visual" / f"{name}.dae" for name in names]
 
 
 def _set_drives(robot) -> None:

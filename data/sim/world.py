@@ -24,12 +24,12 @@ DENSITY = 400.0  # kg/m³: a 4 cm cube weighs 26 g
 class World:
     """One simulation, from its reset on. Needs no renderer."""
 
-    def __init__(self, scene: Scene, drawn: Drawn, *, robot_body: str, timestep: float) -> None:
+    def __init__(self, scene: Scene, drawn: Drawn, *, timestep: float) -> None:
         sapien = self._sapien = load_sapien()
         sapien.physx.set_scene_config(enable_enhanced_determinism=True)
         self._sim = sapien.Scene([sapien.physx.PhysxCpuSystem()])
         self._sim.set_timestep(timestep)
-        self._robot = robot.build(sapien, self._sim, robot_body)
+        self._robot = robot.build(sapien, self._sim)
         self._joints = self._robot.active_joints
         self._links = {link.name: link for link in self._robot.links}
         self._table_height = -drawn.table_drop

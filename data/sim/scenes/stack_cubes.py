@@ -3,7 +3,7 @@
 import numpy as np
 
 from data.sim.scenes import pick_cube
-from data.sim.scenes.base import Placement, Scene, State, Waypoint, block, distance
+from data.sim.scenes.base import Placement, Scene, State, Waypoint, block
 
 HALF = 0.02  # m, half the red cube's edge
 BASE_HALF = 0.025  # m, half the green cube's edge
