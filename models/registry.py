@@ -1,0 +1,35 @@
+"""The tables of what can be named in a recipe or a checkpoint. Adding a part is one new file and one line here."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from data.errors import BadInput
+from data.registry import Registry, did_you_mean
+
+BACKBONES = Registry("backbone", {"resnet": "models.backbones.resnet:ResNet"})
+
+HEADS = Registry("head", {"act": "models.heads.act:ActHead", "flow": "models.heads.flow:FlowHead"})
+
+POLICIES = Registry("policy", {"pair": "models.policy:Policy"})  # "pair": any backbone with any head that fits it
+
+PHASES = Registry("phase", {"bc": "models.phases.bc:BehaviourCloning"})
+
+
+def configure(part: type, options: Mapping[str, Any], *, whose: str) -> Any:
+    """`part.Config(**options)`. Raises `BadInput` that names an unknown option or a value of the wrong type.
+
+    `whose` says in words whose options these are, e.g. "backbone resnet".
+    """
+    known = [f.name for f in fields(part.Config)]
+    for name in options:
+        if name not in known:
+            raise BadInput(f"{whose} has no option {name!r}{did_you_mean(name, known)}")
+    try:
+        return TypeAdapter(part.Config).validate_python(dict(options))
+    except ValidationError as fault:
+        error = fault.errors()[0]
+        where = ".".join(str(part) for part in error["loc"])
+        raise BadInput(f"{whose}: option {where}: {error['msg']} (got {error['input']!r})") from None

@@ -1,0 +1,170 @@
+"""What crosses the borders between data, backbones, heads and phases, with named axes.
+
+```
+ Observation --backbone--> Context --head--> action chunk            b samples, n tokens, d features,
+   images, state, tasks      pooled [b d]      [b h a]               h steps of a chunk, a action components
+                             tokens [b n d]
+```
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from data.schema import ACTION, IMAGE, STATE
+
+ACTION_IS_PAD = "action_is_pad"
+TASK = "task"
+INDEX = "index"  # which chunk of the training set a row is
+
+Info = dict[str, Tensor]  # name -> detached scalar, for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What is seen before an action. As recorded: pictures uint8, HWC or CHW, state in the schema's units.
+
+    As a backbone gets it (`Policy.prepare`): pictures float in [0, 1] and CHW, state normalised and padded.
+    """
+
+    images: dict[str, Shaped[Tensor, "b _ _ _"]]  # camera name -> pictures
+    state: Float[Tensor, "b s"]
+    tasks: tuple[str, ...]  # b instructions, in words
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any], tasks: Sequence[str]) -> "Observation":
+        """From arrays or tensors under dataset column names."""
+        images = {name.removeprefix(IMAGE): torch.as_tensor(v) for name, v in columns.items() if name.startswith(IMAGE)}
+        return cls(images=images, state=torch.as_tensor(columns[STATE]), tasks=tuple(tasks))
+
+    def to(self, device: torch.device) -> "Observation":
+        images = {name: pictures.to(device, non_blocking=True) for name, pictures in self.images.items()}
+        return replace(self, images=images, state=self.state.to(device, non_blocking=True))
+
+    def rows(self, rows: slice) -> "Observation":
+        images = {name: pictures[rows] for name, pictures in self.images.items()}
+        return replace(self, images=images, state=self.state[rows], tasks=self.tasks[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Chunks to learn from. Actions are as executed, in the schema's units."""
+
+    observation: Observation
+    action: Float[Tensor, "b h a"]
+    action_is_pad: Bool[Tensor, "b h"]  # the episode was over: whatever the row holds, nothing is learnt from it
+    index: tuple[int, ...] = ()  # which chunk each row is, for messages
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> "Batch":
+        """From a loader's arrays or tensors under dataset column names."""
+        action = torch.as_tensor(columns[ACTION])
+        tasks = columns.get(TASK, [""] * len(action))
+        return cls(
+            observation=Observation.of(columns, tasks),
+            action=action,
+            action_is_pad=torch.as_tensor(columns[ACTION_IS_PAD]),
+            index=tuple(int(i) for i in columns.get(INDEX, ())),
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(
+            self,
+            observation=self.observation.to(device),
+            action=self.action.to(device, non_blocking=True),
+            action_is_pad=self.action_is_pad.to(device, non_blocking=True),
+        )
+
+    def rows(self, rows: slice) -> "Batch":
+        return Batch(
+            observation=self.observation.rows(rows),
+            action=self.action[rows],
+            action_is_pad=self.action_is_pad[rows],
+            index=self.index[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a backbone makes of an observation: one vector, or tokens, or both. Tokens carry their positions already."""
+
+    pooled: Float[Tensor, "b d"] | None = None
+    tokens: Float[Tensor, "b n d"] | None = None
+    token_is_pad: Bool[Tensor, "b n"] | None = None  # None = every token counts
+
+
+class Backbone(Protocol):
+    """An `nn.Module` that reads observations.
+
+    Built as `Class(Config(...), cameras=, image_size=, state_width=, give=)`, where `give` is the part of `gives` that
+    the head reads: what nobody reads is not built, so that no parameter goes without a gradient.
+    """
+
+    Config: ClassVar[type]  # frozen dataclass of its options
+    gives: ClassVar[frozenset[str]]  # of "pooled", "tokens": the fields of Context it can fill
+    width: int  # d of its Context
+
+    def __call__(self, observation: Observation) -> Context:
+        """`observation` as `Policy.prepare` makes it."""
+
+    def load_pretrained(self) -> None:
+        """Fill in published weights, if its options name some. Called once, on a new policy."""
+
+
+class Head(Protocol):
+    """An `nn.Module` that turns a Context into chunks of normalised actions.
+
+    Built as `Class(Config(...), context_width=, horizon=, action_width=)`.
+    """
+
+    Config: ClassVar[type]  # frozen dataclass of its options
+    needs: ClassVar[frozenset[str]]  # the fields of Context it reads
+    noise_shape: tuple[int, ...]  # of what `sample` starts from, per sample; (0,) for a deterministic head
+
+    def loss(
+        self, context: Context, action: Float[Tensor, "b h a"], mask: Bool[Tensor, "b h a"], generator: torch.Generator
+    ) -> tuple[Float[Tensor, " b"], Info]:
+        """Loss per sample, a mean over the entries where `mask` is true; the others are zero and count nowhere."""
+
+    def sample(self, context: Context, noise: Float[Tensor, "b ..."]) -> Float[Tensor, "b h a"]:
+        """Action chunks, a function of the context and the noise alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that train alike."""
+
+    parameters: dict[str, nn.Parameter]  # name -> parameter, names as in the phase's own `named_parameters`
+    decay: bool  # whether weight decay applies
+    lr_scale: float = 1.0  # of the schedule's learning rate
+
+
+class Phase(Protocol):
+    """An `nn.Module` that `fit` trains. Calling it gives a batch's loss per sample, and numbers for people.
+
+    Everything it carries from step to step is in `policy` and `parts()`, and nowhere else: what is not named is not
+    saved, so `fit` refuses a phase that holds parameters or buffers outside of them.
+    """
+
+    policy: nn.Module  # what is published when the phase ends
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Float[Tensor, " b"], Info]: ...
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The other modules it carries, by name: critics, target networks, running statistics as buffers."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What the optimizer trains. Parameters with `requires_grad=False` are frozen and in no group."""
+
+    def after_step(self, step: int) -> None:
+        """What follows an optimizer step, such as moving target networks. `step` counts from 0."""
