@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.errors import BadInput
 from data.sim import meshes
 from data.sim.kinematics import FLANGE_HEIGHT, HAND_TURN, JOINT_HIGH, JOINT_LOW, JOINT_ORIGINS
 
