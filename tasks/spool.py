@@ -75,7 +75,7 @@ class Journal:
                 self._broken = written < len(line)
             except OSError as error:
                 self._broken = True
-                self._warn(error.strerror)
+                self._warn(error.strerror or str(error))
 
     def _warn(self, why: str) -> None:
         if not self._warned:

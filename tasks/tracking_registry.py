@@ -104,10 +104,10 @@ def datasets_of(version: ModelVersion) -> list[dict[str, str]]:
     if version.run_id is None:
         return []
     with errors_told():
-        inputs = client().get_run(version.run_id).inputs.dataset_inputs
+        inputs = client().get_run(version.run_id).inputs
     return [
         {"name": i.dataset.name, "digest": i.dataset.digest, "context": next((tag.value for tag in i.tags), "")}
-        for i in inputs
+        for i in (inputs.dataset_inputs if inputs else [])
     ]
 
 
