@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,7 @@ from data.errors import BadInput
 from data.paths import state_dir
 
 PACKAGE = "mesa-vulkan-drivers"
+SAPIEN_NEEDS = "libx11-6"  # its wheel links to libX11 and does not bring it
 NEEDS_BACKPORTS = ("bookworm",)  # releases whose own Mesa is older than 24
 ALIASES = ("stable", "oldstable", "oldoldstable", "testing", "unstable", "sid")  # what a source may say for a codename
 NEVER_UNPACK = ("libc6", "libgcc-s1", "libstdc++6")  # a second copy of these in one process is asking for trouble
@@ -51,22 +53,18 @@ def driver_dir() -> Path:
 
 
 def ensure_driver(device: str = "auto") -> None:
-    """Point this process's Vulkan loader at the private driver, if that is what `device` needs. Cheap; call often.
+    """Make this process ready for `import sapien`, which must come after. Cheap; call it as often as you like.
 
-    Nothing is touched when the caller has chosen a driver (VK_ICD_FILENAMES, VK_DRIVER_FILES), when a GPU is asked
-    for or "auto" finds one, or when no private driver is installed: then the system's own is used.
-    Must run before `import sapien`.
+    The private driver is used unless the caller has chosen one (VK_ICD_FILENAMES, VK_DRIVER_FILES), or a GPU is asked
+    for, or "auto" finds one. Where `python -m data.sim.driver` found the system's own good enough, there is none.
     """
     icd = driver_dir() / "icd.json"
-    if os.environ.get("VK_ICD_FILENAMES") == str(icd):
-        _preload(icd.parent)  # inherited from a parent process: the variable travels, loaded libraries do not
-        return
-    if os.environ.get("VK_ICD_FILENAMES") or os.environ.get("VK_DRIVER_FILES") or not icd.exists():
-        return
-    if resolve_device(device) == "cuda":
+    if not icd.exists():
         return
     _preload(icd.parent)
-    os.environ["VK_ICD_FILENAMES"] = str(icd)
+    chosen = os.environ.get("VK_ICD_FILENAMES") or os.environ.get("VK_DRIVER_FILES")
+    if not chosen and resolve_device(device) == "cpu":
+        os.environ["VK_ICD_FILENAMES"] = str(icd)
 
 
 def resolve_device(device: str) -> str:
@@ -75,11 +73,14 @@ def resolve_device(device: str) -> str:
 
 
 def load_sapien(device: str = "auto") -> ModuleType:
-    """`import sapien`, with a driver in place and without its warning that it brings its own Vulkan loader."""
+    """`import sapien`, ready to render, without its warning that it brings its own Vulkan loader."""
     ensure_driver(device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to find system libvulkan")
-        import sapien
+        try:
+            import sapien
+        except ImportError as error:  # it links to libX11, which a bare server does not have
+            raise BadInput(f"cannot import sapien: {str(error)[:100]}; run `python -m data.sim.driver`") from error
     return sapien
 
 
@@ -112,13 +113,24 @@ def install_driver(log: Callable[[str], None] = print) -> Path:
         apt = _PrivateApt(work / "apt")
         log(f"fetching {PACKAGE} into {driver_dir()}")
         apt.update()
-        packages = [p for p in apt.closure(PACKAGE) if p == PACKAGE or not (_installed(p) or p in NEVER_UNPACK)]
+        needed = apt.closure(PACKAGE, SAPIEN_NEEDS)
+        packages = [p for p in needed if p == PACKAGE or not (_installed(p) or p in NEVER_UNPACK)]
         tree = work / "vulkan"
         apt.unpack(packages, tree)
         _write_icd(tree)
-        shutil.rmtree(driver_dir(), ignore_errors=True)
-        tree.rename(driver_dir())
+        _publish(tree, driver_dir())
     return driver_dir()
+
+
+def _publish(tree: Path, final: Path) -> None:
+    """Put `tree` in the place of `final`, whatever lies there."""
+    if final.exists():
+        final.rename(tree.parent / "old")  # goes with the temporary folder
+    try:
+        tree.rename(final)
+    except OSError:
+        if not (final / "icd.json").exists():  # not a racing process that was first, but a real fault
+            raise
 
 
 class _PrivateApt:
@@ -147,21 +159,28 @@ class _PrivateApt:
     def update(self) -> None:
         self._run("apt-get", "update")
 
-    def closure(self, package: str) -> list[str]:
-        """`package` and all it stands on, as apt would install them on an empty machine."""
-        return re.findall(r"^Inst (\S+)", self._run("apt-get", "--simulate", "install", package), flags=re.M)
+    def closure(self, *packages: str) -> list[str]:
+        """`packages` and all they stand on, as apt would install them on an empty machine."""
+        return re.findall(r"^Inst (\S+)", self._run("apt-get", "--simulate", "install", *packages), flags=re.M)
 
     def unpack(self, packages: list[str], tree: Path) -> None:
         self._run("apt-get", "download", *packages)
         for archive in sorted(self.folder.glob("*.deb")):
-            subprocess.run(["dpkg", "-x", str(archive), str(tree)], check=True)
+            _command("dpkg", "-x", str(archive), str(tree))
 
     def _run(self, tool: str, *arguments: str) -> str:
-        done = subprocess.run([tool, *self.options, *arguments], cwd=self.folder, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["?"])[-1]
-            raise BadInput(f"{tool} {arguments[0]} {arguments[-1]} failed: {reason[:90]}; check the network and apt")
-        return done.stdout
+        return _command(tool, *self.options, *arguments, cwd=self.folder)
+
+
+def _command(*command: str, cwd: Path | None = None) -> str:
+    """What `command` prints. Raises `BadInput` with the last line of its complaint."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BadInput(
+            f"{command[0]} failed: {reason[:110]}; is the network up, does `apt-get update` work, is there room?"
+        )
+    return done.stdout
 
 
 def _sources(etc: Path, release: str) -> dict[str, str]:
@@ -219,19 +238,24 @@ def _write_icd(tree: Path) -> None:
     icd = json.loads(shipped.read_text())
     icd["ICD"]["library_path"] = f"./{library.relative_to(tree)}"
     (tree / "icd.json").write_text(json.dumps(icd))
-    (tree / "preload.json").write_text(json.dumps(_private_libraries(library, tree)))
+    (tree / "preload.json").write_text(json.dumps(_private_libraries(tree, library, _sapien_library())))
 
 
-def _private_libraries(library: Path, tree: Path) -> list[str]:
-    """Those of `library`'s dependencies that lie in `tree`, relative to it; a dependency stands before its user."""
+def _sapien_library() -> Path:
+    folder = Path(find_spec("sapien").submodule_search_locations[0])
+    return next(folder.glob("pysapien.*.so"))
+
+
+def _private_libraries(tree: Path, *users: Path) -> list[str]:
+    """Those libraries that `users` need and that lie in `tree`, relative to it."""
     folders = sorted({str(path.parent) for path in tree.rglob("*.so*")})
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders)}
-    listing = subprocess.run(["ldd", str(library)], env=environment, capture_output=True, text=True).stdout
-    if missing := re.findall(r"^\s*(\S+) => not found", listing, flags=re.M):
-        raise BadInput(f"{PACKAGE} needs {', '.join(missing[:4])}, which no package of this distribution brought")
-    paths = [Path(p) for p in re.findall(r"=> (\S+) \(", listing) if Path(p).is_relative_to(tree)]
-    # ldd lists breadth first, users before what they need; for a chain the reverse is right, and `_preload` retries.
-    return [str(path.relative_to(tree)) for path in reversed(paths)]
+    paths: list[Path] = []
+    for user in users:
+        listing = subprocess.run(["ldd", str(user)], env=environment, capture_output=True, text=True).stdout
+        paths += [Path(found) for found in re.findall(r"=> (\S+) \(", listing)]
+    private = [path.relative_to(tree) for path in paths if path.is_relative_to(tree)]
+    return [str(path) for path in dict.fromkeys(reversed(private))]  # mostly what is needed before what needs it
 
 
 def _preload(folder: Path) -> None:
@@ -244,7 +268,7 @@ def _preload(folder: Path) -> None:
         failed = []
         for path in waiting:
             try:
-                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(path))
             except OSError as error:  # it needs one that comes later in the list
                 failed.append((path, error))
         if len(failed) == len(waiting):

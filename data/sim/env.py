@@ -101,7 +101,8 @@ class FlywheelEnv(gym.Env):
         vector = gym.spaces.Box(-np.inf, np.inf, (len(STATE_COMPONENTS),), np.float32)
         self.observation_space = gym.spaces.Dict({**pictures, STATE: vector})
         self.action_space = gym.spaces.Box(-1, 1, (len(config.schema().action),), np.float32)
-        self._looks: Looks | None = None
+        self._world: World  # of the running episode, from the first reset on
+        self._looks: Looks | None = None  # if there are cameras
         self._resets = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
@@ -110,15 +111,14 @@ class FlywheelEnv(gym.Env):
         self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
         drawn = draw(self.config.randomization, self.scene, self.seed)
         if self.config.seen:
-            self._build_looks_if_due()
-            self._looks.apply(drawn)
+            self._fresh_looks().apply(drawn)
         self._begin(drawn)
         info = self._info()
         return self._observation(), {**info, "randomization": drawn.summary(), "task": self.scene.task}
 
     def step(self, action: Float32[np.ndarray, "a"]) -> tuple[dict, float, bool, bool, dict[str, Any]]:
         """Execute one action for 1/control_hz seconds. Values beyond [-1, 1] are clipped."""
-        action = np.asarray(action, np.float32)
+        action = np.array(action, np.float32)  # a copy: the caller may reuse its buffer
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise BadInput(
                 f"action for {self.config.scene}: {action.shape} {action}; "
@@ -150,7 +150,7 @@ class FlywheelEnv(gym.Env):
         return self._observation(), self._info()
 
     def close(self) -> None:
-        self._world = self._looks = None
+        self._looks = None
 
     def _begin(self, drawn: Drawn) -> None:
         timestep = 1 / (self.config.control_hz * self.config.substeps)
@@ -168,7 +168,8 @@ class FlywheelEnv(gym.Env):
         self._state = self._world.state()
         self._held_for = self._held_for + 1 if self.scene.success(self._state) else 0
 
-    def _build_looks_if_due(self) -> None:
+    def _fresh_looks(self) -> Looks:
+        """The looks, built anew when they are due."""
         interval = self.config.scene_reset_interval
         if self._looks is None or (interval and self._resets % interval == 0):
             self._looks = Looks(
@@ -179,6 +180,7 @@ class FlywheelEnv(gym.Env):
                 device=self.config.device,
             )
         self._resets += 1
+        return self._looks
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {**self._pictures(), STATE: proprioception(self._state)}

@@ -143,7 +143,7 @@ class Looks:
         if isinstance(piece.mesh, Path):
             shape = self._sapien.render.RenderShapeTriangleMesh(str(piece.mesh))
         else:
-            shape = self._shape(piece.mesh, self._materials[piece.color])
+            shape = self._shape(piece.mesh, self._materials[piece.color or "robot_light"])
         shape.local_pose = self._sapien.Pose([0, 0, 0], [np.cos(piece.yaw / 2), 0, 0, np.sin(piece.yaw / 2)])
         return shape
 

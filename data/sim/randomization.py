@@ -5,6 +5,7 @@ untouched. All off is the plain scene in which only the objects' places vary.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -80,14 +81,14 @@ class Drawn:
         return flat
 
 
-def _flatten(key: str, value) -> dict[str, float | int]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else None
-    if items is None:
+def _flatten(key: str, value: Any) -> dict[str, float | int]:
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, tuple):
+        parts = enumerate(value)
+    else:
         return {key: value}
-    flat = {}
-    for name, part in items:
-        flat.update(_flatten(f"{key}.{name}", part))
-    return flat
+    return {name: number for part, inner in parts for name, number in _flatten(f"{key}.{part}", inner).items()}
 
 
 def generator(seed: int, knob: str) -> np.random.Generator:
