@@ -18,13 +18,14 @@ from jaxtyping import Float32, UInt8
 from data.errors import BadInput
 from data.schema import IMAGE, STATE, Component, Schema
 from data.sim import controllers, oracle
-from data.sim.looks import Looks
+from data.sim.looks import CAMERAS, Looks
 from data.sim.randomization import Drawn, Randomization, draw
 from data.sim.registry import SCENES
 from data.sim.scenes.base import Scene, State
 from data.sim.world import World
 
 RENDERERS = ("auto", "sapien", "none")
+ROBOT_BODIES = ("primitive", "mesh")
 STATE_COMPONENTS = (
     *(Component(name=f"joint_{i}.pos", unit="rad") for i in range(7)),
     Component(name="gripper.pos", unit="m"),  # between the pads
@@ -56,6 +57,12 @@ class SimConfig:
             raise BadInput(f"unknown renderer {self.renderer!r}; use one of {', '.join(RENDERERS)}")
         if self.renderer == "sapien" and not self.cameras:
             raise BadInput("renderer 'sapien' without cameras; name some, or use renderer 'none'")
+        if unknown := set(self.cameras) - set(CAMERAS):
+            raise BadInput(f"unknown camera {sorted(unknown)[0]!r}; known: {', '.join(CAMERAS)}")
+        if self.robot_body not in ROBOT_BODIES:
+            raise BadInput(f"unknown robot_body {self.robot_body!r}; use one of {', '.join(ROBOT_BODIES)}")
+        if min(self.image_size) < 1 or min(self.control_hz, self.substeps) < 1:
+            raise BadInput("image_size, control_hz and substeps of a simulation must be at least 1")
         controllers.controller(self.control_mode)
         SCENES.module(self.scene)
 

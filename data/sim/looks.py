@@ -39,8 +39,6 @@ class Looks:
         robot_body: str,  # "primitive" or "mesh"
         device: str,  # "auto", "cpu", "cuda:N"
     ) -> None:
-        if unknown := set(cameras) - set(CAMERAS):
-            raise BadInput(f"unknown camera {sorted(unknown)[0]!r}; known: {', '.join(CAMERAS)}")
         self._scene = scene
         self._sapien = load_sapien(device)
         self._sim = self._sapien.Scene([_render_system(self._sapien, device)])

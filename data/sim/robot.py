@@ -176,11 +176,9 @@ def visuals(body: str) -> dict[str, list[Visual]]:
     """What each link looks like, for a `robot_body` of "primitive" or "mesh"."""
     if body == "primitive":
         return {link.name: _primitives(link) for link in LINKS}
-    if body == "mesh":
-        turns = {FINGERS[1]: np.pi}  # one file serves both fingers
-        pairs = zip(LINKS, _mesh_files(), strict=True)
-        return {link.name: [Visual(mesh=file, yaw=turns.get(link.name, 0.0))] for link, file in pairs}
-    raise BadInput(f"unknown robot_body {body!r}; use 'primitive' or 'mesh'")
+    turns = {FINGERS[1]: np.pi}  # one file serves both fingers
+    pairs = zip(LINKS, _mesh_files(), strict=True)
+    return {link.name: [Visual(mesh=file, yaw=turns.get(link.name, 0.0))] for link, file in pairs}
 
 
 def _primitives(link: Link) -> list[Visual]:

@@ -36,7 +36,7 @@ class Body:
     parts: tuple[Part, ...]
     color: Color
     kind: Literal["dynamic", "fixed", "marker"] = "dynamic"  # moves; stays where the layout put it; only seen
-    clearance: float = 0.08  # m around its centre that clutter keeps free
+    clearance: float = 0.12  # m around its centre that clutter keeps free: half the hand
 
 
 @dataclass(frozen=True, kw_only=True)
