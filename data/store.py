@@ -40,6 +40,7 @@ class Inputs:
     params: dict[str, Any]  # resolved parameters, JSON-able
     parents: tuple[Ref, ...] = ()  # upstream artefacts, in order
     code: dict[str, str] | None = None  # module or library -> digest or version
+    execution: dict[str, Any] | None = None  # how it is made, not what: worker counts and the like; not in the key
 
     @property
     def as_json(self) -> dict[str, Any]:
@@ -107,9 +108,12 @@ class Store:
             with contextlib.suppress(ValueError):  # a damaged one is nobody's precedent
                 yield json.loads(path.read_text())
 
-    def ensure(self, inputs: Inputs, make: Callable[[Build], None], *, force: bool = False) -> tuple[Ref, bool]:
+    def ensure(
+        self, inputs: Inputs, make: Callable[[Build], None], *, force: bool = False, resume: bool = True
+    ) -> tuple[Ref, bool]:
         """The artefact of `inputs` and whether it was there already; `make` fills it if not.
 
+        force: make it anyway. resume: let the builder go on from what a killed one left in its work folder.
         Two processes that ask for one key make it once: the second waits, then finds it.
         """
         stage, key = inputs.stage, inputs.key
@@ -117,6 +121,8 @@ class Store:
             ref, _ = self.find(stage, key)
             if ref and not force:
                 return ref, True
+            if force or not resume:
+                shutil.rmtree(self._work(inputs), ignore_errors=True)
             return self._build(inputs, make), False
 
     def verify_all(self) -> Iterator[tuple[Path, bool, str]]:
@@ -134,7 +140,7 @@ class Store:
 
     def _build(self, inputs: Inputs, make: Callable[[Build], None]) -> Ref:
         entry = self.path(inputs.stage, inputs.key)
-        work = self.root / "work" / inputs.stage / inputs.key[:16]
+        work = self._work(inputs)
         for stale in entry.parent.glob(f".staging-{entry.name}-*"):
             shutil.rmtree(stale)
         staging = entry.parent / f".staging-{entry.name}-{uuid.uuid4().hex[:8]}"
@@ -152,6 +158,9 @@ class Store:
         shutil.rmtree(work, ignore_errors=True)
         self._remember(entry, manifest)
         return Ref(stage=inputs.stage, key=inputs.key, digest=manifest["digest"], path=str(entry))
+
+    def _work(self, inputs: Inputs) -> Path:
+        return self.root / "work" / inputs.stage / inputs.key[:16]
 
     def _write_manifest(self, staging: Path, inputs: Inputs, *, seconds: float) -> dict[str, Any]:
         files = {}

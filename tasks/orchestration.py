@@ -1,15 +1,22 @@
 """Prefect's side of a stage: a task run per unit of work, cached under the store's own key."""
 
+import base64
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import CachePolicy
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.states import Completed
 
 from data.refs import Ref
 from data.store import Inputs, Store
 from tasks.stages import STAGES, Outcome, Session, perform
+
+
+def in_flow() -> bool:
+    """Whether this is the body of a Prefect flow run."""
+    return FlowRunContext.get() is not None
 
 
 class StoreKey(CachePolicy):
@@ -51,3 +58,21 @@ def run_as_task(inputs: Inputs, label: str, current: Session) -> Outcome:
         return outcomes[0]
     ref = Ref.from_json(value)
     return Outcome(stage=inputs.stage, label=label, ref=intact or ref, cached=True, why="intact", seconds=0.0)
+
+
+def show(summary: dict[str, Any], picture: bytes) -> None:
+    """The flow run's artefacts: a summary with its picture, a table of the numbers, links to what was made."""
+    name = summary["recipe"]
+    low, high = summary["interval"]
+    image = "data:image/png;base64," + base64.b64encode(picture).decode()
+    create_image_artifact(image_url=image, key=f"{name}-score", description="success with its 95 % interval")
+    create_table_artifact(
+        [{"what": k, "value": str(v)} for k, v in sorted(summary.items()) if k != "seeds"], key=f"{name}-numbers"
+    )
+    create_markdown_artifact(
+        f"# {name}: {summary['success']:.0%} on {summary['episodes']} unseen seeds\n\n"
+        f"95 % interval {low:.0%} to {high:.0%}. {summary['decision']}\n\n![score]({image})\n\n"
+        + "".join(f"* {what}: `{summary[what]}`\n" for what in ("dataset", "checkpoint", "score", "video")),
+        key=f"{name}-summary",
+        description="what the night brought",
+    )

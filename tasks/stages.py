@@ -3,8 +3,7 @@
 ```
  collect --+--> frames --+
            +--> chunks --+--> train --> evaluate --> (registry)
-           +--> dataset -+                 ^
-                   +-----------------------+
+           +--> dataset -+----------> ^
 ```
 `collect`, `frames` and `chunks` are made per batch of episodes, so a night costs what is new in it. A stage's key is
 made of its parameters, the digests of its upstream artefacts and of the code it stands on; `flywheel stage` (which
@@ -31,7 +30,7 @@ from tasks.explain import why_stale
 class Stage:
     """One row of the table."""
 
-    body: str  # "module:function" of (build, params, upstream) -> None, which fills build.out
+    body: str  # "module:function" of (build, work) -> None, which fills build.out
     upstream: tuple[str, ...]  # stages whose artefacts it reads
     libraries: tuple[str, ...]  # whose versions may change the answer
     about: str  # one line for people
@@ -57,8 +56,8 @@ STAGES: dict[str, Stage] = {
         about="sub-goal events and chunk transitions of the batch",
     ),
     "dataset": Stage(
-        body="tasks.dataset:aggregate",
-        upstream=("collect", "frames"),
+        body="tasks.dataset:aggregate_members",
+        upstream=("collect",),
         libraries=(),
         about="the list of batches, the held-out split, the normalisation statistics",
     ),
@@ -101,12 +100,41 @@ class Session:
 
     force: frozenset[str] = frozenset()
     dry: bool = False  # say what is stale and why, run nothing
+    resume: bool = True  # go on from what a killed builder left in its work folder
     on_start: Callable[[str, str, str], None] = lambda stage, label, why: None
     on_outcome: Callable[[Outcome], None] = lambda outcome: None
     outcomes: list[Outcome] = field(default_factory=list)
+    night: dict[str, Any] | None = None  # the resolved recipe, when this is a whole night
+    run: Any = None  # the night's MLflow run, once something needs it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the body of a stage is given beside the folders of its `Build`."""
+
+    inputs: Inputs
+    label: str
+    session: Session
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.inputs.params
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        return self.inputs.execution or {}
+
+    def upstream(self, stage: str) -> list[Ref]:
+        """The upstream artefacts that `stage` made, in order."""
+        return [ref for ref in self.inputs.parents if ref.stage == stage]
 
 
 _session: contextvars.ContextVar[Session] = contextvars.ContextVar("session")
+
+
+def current_session() -> Session:
+    """The session of this run; one that reports to nobody when a stage is done on its own."""
+    return _session.get(None) or Session()
 
 
 @contextmanager
@@ -119,29 +147,43 @@ def session(current: Session) -> Iterator[Session]:
         _session.reset(token)
 
 
-def inputs_of(stage: str, params: dict[str, Any], upstream: Sequence[Ref], parts: tuple[str, ...] = ()) -> Inputs:
-    """What the artefact is made from. `parts`: modules chosen by name in `params` (a scene, a head)."""
+def inputs_of(
+    stage: str,
+    params: dict[str, Any],
+    upstream: Sequence[Ref],
+    *,
+    parts: tuple[str, ...] = (),
+    execution: dict[str, Any] | None = None,
+) -> Inputs:
+    """What the artefact is made from.
+
+    parts: modules chosen by name in `params` (a scene, a head). execution: how it is made, which changes no byte of it.
+    """
     row = STAGES[stage]
     code = code_digests((row.body.split(":")[0], *parts), row.libraries)
     relevant = {module: digest for module, digest in code.items() if module not in INFRASTRUCTURE}
-    return Inputs(stage=stage, params=params, parents=tuple(upstream), code=relevant)
+    return Inputs(stage=stage, params=params, parents=tuple(upstream), code=relevant, execution=execution)
 
 
 def ensure(
-    stage: str, params: dict[str, Any], upstream: Sequence[Ref] = (), *, label: str = "", parts: tuple[str, ...] = ()
+    stage: str,
+    params: dict[str, Any],
+    upstream: Sequence[Ref] = (),
+    *,
+    label: str = "",
+    parts: tuple[str, ...] = (),
+    execution: dict[str, Any] | None = None,
 ) -> Ref:
     """The artefact of one unit of work: found if it is there and intact, made otherwise.
 
     Inside a Prefect flow this is a task run, shown as Cached when nothing had to be done.
     """
-    current = _session.get(None) or Session()
-    inputs = inputs_of(stage, params, upstream, parts)
+    current = current_session()
+    inputs = inputs_of(stage, params, upstream, parts=parts, execution=execution)
     if current.dry:
         outcome = _foresee(inputs, label, current)
-    elif _in_flow():
-        from tasks.orchestration import run_as_task
-
-        outcome = run_as_task(inputs, label, current)
+    elif (orchestration := _orchestration()) and orchestration.in_flow():
+        outcome = orchestration.run_as_task(inputs, label, current)
     else:
         outcome = perform(inputs, label, current)
     current.outcomes.append(outcome)
@@ -158,7 +200,8 @@ def perform(inputs: Inputs, label: str, current: Session) -> Outcome:
     why = "forced" if forced else "intact" if ref else why_stale(inputs, store, fault)
     if ref is None or forced:
         current.on_start(inputs.stage, label, why)
-    ref, cached = store.ensure(inputs, lambda build: _body(inputs)(build, inputs.params, inputs.parents), force=forced)
+    work = Work(inputs=inputs, label=label, session=current)
+    ref, cached = store.ensure(inputs, lambda build: _body(inputs)(build, work), force=forced, resume=current.resume)
     return Outcome(stage=inputs.stage, label=label, ref=ref, cached=cached, why=why, seconds=time.monotonic() - started)
 
 
@@ -184,11 +227,10 @@ def _foresee(inputs: Inputs, label: str, current: Session) -> Outcome:
     )
 
 
-def _body(inputs: Inputs) -> Callable[[Build, dict[str, Any], Sequence[Ref]], None]:
+def _body(inputs: Inputs) -> Callable[[Build, Work], None]:
     return Registry("stage", {name: row.body for name, row in STAGES.items()}).resolve(inputs.stage)
 
 
-def _in_flow() -> bool:
-    if "prefect" not in sys.modules:
-        return False
-    return import_module("prefect.context").FlowRunContext.get() is not None
+def _orchestration() -> Any:
+    """Prefect's side, if anybody has imported Prefect: without it there can be no flow."""
+    return import_module("tasks.orchestration") if "prefect" in sys.modules else None

@@ -1,0 +1,153 @@
+"""The training set: a list of batches of rollouts, which episodes of them are held out, and the statistics of the rest.
+
+An aggregation copies nothing. It names its members by stage, key and digest; whoever reads it finds them in the store.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from data import normalize
+from data.errors import BadInput
+from data.lerobot import Dataset, open_dataset
+from data.normalize import Stats
+from data.refs import Ref
+from data.schema import ACTION, STATE, SUBGOAL, Schema
+from data.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One batch of rollouts in the set."""
+
+    key: str  # of its `collect` artefact
+    digest: str
+    scenes: tuple[str, ...]  # per episode
+    seeds: tuple[int, ...]  # per episode
+    succeeded: tuple[bool, ...]  # per episode
+    steps: int  # rows
+    train: tuple[int, ...]  # episodes to learn from
+    held_out: tuple[int, ...]  # episodes kept to measure on; those in neither failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """What a policy may learn from."""
+
+    schema: Schema
+    members: tuple[Member, ...]
+    stats: dict[str, Stats]  # "state", "action": over the training episodes
+
+    @property
+    def episodes(self) -> int:
+        return sum(len(m.seeds) for m in self.members)
+
+    @property
+    def steps(self) -> int:
+        return sum(m.steps for m in self.members)
+
+    @property
+    def collected(self) -> set[tuple[str, int]]:
+        """Every (scene, seed) that was collected, failed ones too: none of them may be evaluated on."""
+        return {pair for m in self.members for pair in zip(m.scenes, m.seeds, strict=True)}
+
+    def held_out(self) -> Iterator[tuple[Dataset, int]]:
+        """Each held-out episode, as its dataset and its index there."""
+        for member in self.members:
+            dataset = open_member(member)
+            yield from ((dataset, episode) for episode in member.held_out)
+
+    def to_json(self) -> dict[str, Any]:
+        members = [asdict(m) for m in self.members]
+        return {
+            "schema": self.schema.to_json(),
+            "members": members,
+            "stats": {k: s.to_json() for k, s in self.stats.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainingSet":
+        members = [
+            Member(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in value["members"]
+        ]
+        return cls(
+            schema=Schema.from_json(value["schema"]),
+            members=tuple(members),
+            stats={name: Stats.from_json(s) for name, s in value["stats"].items()},
+        )
+
+
+def aggregate(batches: Sequence[Ref], *, held_out: float, failures: bool) -> TrainingSet:
+    """The set of all `batches`. Raises `BadInput` when their schemas differ or nothing is left to learn from.
+
+    held_out: share of the episodes. Which ones is a function of (scene, seed), so a later night moves none across.
+    failures: also learn from episodes that failed.
+    """
+    schema: Schema | None = None
+    members, state, action = [], [], []
+    for ref in batches:
+        dataset = open_dataset(ref.dir)
+        if schema is None:
+            schema, first = dataset.schema, ref
+        schema.refuse_unless_fits(dataset.schema, mine=f"batch {first.path}", others=f"batch {ref.path}")
+        member = _member(ref, dataset, held_out, failures)
+        members.append(member)
+        rows = dataset.steps.filter(pl.col("episode_index").is_in(member.train))
+        if len(rows):
+            state.append(normalize.fit(rows[STATE].to_numpy()))
+            action.append(normalize.fit(rows[ACTION].to_numpy()))
+    if schema is None or not state:
+        raise BadInput("dataset: no successful episode to learn from; collect more, or set dataset.failures true")
+    stats = {"state": normalize.merge(state), "action": normalize.merge(action)}
+    return TrainingSet(schema=schema, members=tuple(members), stats=stats)
+
+
+def open_member(member: Member) -> Dataset:
+    """The member's dataset, verified. Raises `BadInput` if it is gone or damaged."""
+    ref, why = Store().find("collect", member.key)
+    if ref is None or ref.digest != member.digest:
+        raise BadInput(f"rollouts {member.key[:16]} of the dataset: {why}; run `flywheel collect` to make them again")
+    return open_dataset(ref.dir)
+
+
+def at_reset(dataset: Dataset) -> pl.DataFrame:
+    """One row per episode: episode_index, and each sub-goal as it was before the first action; False where it has none."""
+    if dataset.rollouts is None:
+        raise BadInput(
+            f"{dataset.path}: meta/rollouts.parquet is missing, so no sub-goal is known at reset; collect anew"
+        )
+    columns = [c for c in dataset.steps.columns if c.startswith(SUBGOAL)]
+    rows = [
+        {"episode_index": i, **{c: json.loads(at).get(c.removeprefix(SUBGOAL), False) for c in columns}}
+        for i, at in enumerate(dataset.rollouts["subgoals_at_reset"])
+    ]
+    return pl.DataFrame(
+        rows, schema={"episode_index": dataset.steps.schema["episode_index"], **dict.fromkeys(columns, pl.Boolean)}
+    )
+
+
+def _member(ref: Ref, dataset: Dataset, held_out: float, failures: bool) -> Member:
+    if dataset.rollouts is None:
+        raise BadInput(f"{ref.path}: meta/rollouts.parquet is missing, so its seeds are unknown; collect it anew")
+    scenes, seeds, succeeded = (dataset.rollouts[c].to_list() for c in ("scene", "seed", "success"))
+    kept_out = [_draw(scene, seed) < held_out for scene, seed in zip(scenes, seeds, strict=True)]
+    usable = [ok or failures for ok in succeeded]
+    return Member(
+        key=ref.key,
+        digest=ref.digest,
+        scenes=tuple(scenes),
+        seeds=tuple(seeds),
+        succeeded=tuple(succeeded),
+        steps=len(dataset.steps),
+        train=tuple(i for i, ok in enumerate(usable) if ok and not kept_out[i]),
+        held_out=tuple(i for i, ok in enumerate(usable) if ok and kept_out[i]),
+    )
+
+
+def _draw(scene: str, seed: int) -> float:
+    """A number in [0, 1) that is the episode's own."""
+    return int.from_bytes(hashlib.sha256(f"{scene} {seed}".encode()).digest()[:6]) / 2**48

@@ -1,0 +1,29 @@
+"""The night: rollouts in, a registered policy out."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.recipes import load
+from tasks.collect import collect_batches
+from tasks.dataset import aggregate_batches, chunk_tables, frame_stores
+from tasks.evaluate import evaluate_checkpoint
+from tasks.nights import begin
+from tasks.promote import promote_checkpoint
+from tasks.summary import summarize
+from tasks.train import train_checkpoint
+
+
+@flow(name="nightly", description=__doc__)
+def nightly(recipe: str = "demo", overrides: list[str] | None = None) -> dict[str, Any]:
+    """Collect, build, train, evaluate, register; what is intact is not done again."""
+    night = load(recipe, overrides)
+    with begin(night):
+        batches = collect_batches(night)
+        frames = frame_stores(night, batches)
+        chunks = chunk_tables(night, batches)
+        dataset = aggregate_batches(night, batches)
+        checkpoint = train_checkpoint(night, dataset, frames, chunks)
+        score = evaluate_checkpoint(night, checkpoint, dataset)
+        version = promote_checkpoint(night, checkpoint, dataset, score)
+        return summarize(night, dataset=dataset, checkpoint=checkpoint, score=score, version=version)

@@ -1,0 +1,40 @@
+"""The last lines of a flow on the terminal: what came out, where it lies, how to look at it."""
+
+from typing import Any
+
+from tasks.progress import console
+
+SHOWN = {  # key of the summary -> what people call it
+    "dataset": "dataset",
+    "batches": "rollouts",
+    "checkpoint": "checkpoint",
+    "score": "score",
+    "video": "video",
+    "plot": "plot",
+    "run": "MLflow run",
+}
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the summary for people, to the terminal (the JSON form goes to standard output)."""
+    console.print()
+    if "success" in summary:
+        low, high = summary["interval"]
+        console.print(
+            f"success {summary['success']:.0%} on {summary['episodes']} unseen seeds"
+            f" (95 % interval {low:.0%} to {high:.0%})",
+            style="bold",
+        )
+        console.print("  " + ", ".join(f"{name} {rate:.0%}" for name, rate in summary["subgoals"].items()))
+    if "model_version" in summary:
+        aliases = ", ".join(f"@{alias}" for alias in summary["aliases"]) or "no alias"
+        console.print(f"model {summary['model']} version {summary['model_version']} ({aliases}): {summary['decision']}")
+    for key, name in SHOWN.items():
+        if value := summary.get(key):
+            text = f"{len(value)} batches, the first {value[0]}" if isinstance(value, list) else value
+            console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
+    console.print(
+        f"{summary['tasks_run']} tasks run, {summary['tasks_cached']} cached, {summary['seconds']:.1f} s.  "
+        "Pages of Prefect and MLflow: flywheel up",
+        markup=False,
+    )

@@ -1,0 +1,75 @@
+"""Run a flow from the command line: a server that is there, a line per stage, a summary at the end."""
+
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flows.recipes import load
+from tasks.progress import console
+from tasks.stages import Outcome, Session, session
+
+if TYPE_CHECKING:
+    from flows.cli import Arguments
+
+MODULES = {"nightly": "flows.nightly", "collect": "flows.collect", "dataset": "flows.dataset",
+           "train": "flows.train", "evaluate": "flows.evaluation"}  # fmt: skip
+
+
+def run(flow: str, asked: "Arguments") -> dict[str, Any]:
+    """Run `flow` in this process against the local Prefect server. Returns its summary."""
+    started = time.monotonic()
+    load(asked.recipe, asked.overrides)  # refuse bad input before anything is started
+    console.print(f"flywheel {flow} {asked.recipe}", style="bold")
+    import_module("flows.services").ensure_server()
+    flow_function = getattr(import_module(MODULES[flow]), flow)
+    reporter = _Reporter()
+    current = Session(
+        force=frozenset(asked.force), resume=asked.resume, on_start=reporter.start, on_outcome=reporter.outcome
+    )
+    with session(current):
+        summary = flow_function(recipe=asked.recipe, overrides=asked.overrides)
+    reporter.close()
+    summary |= {"seconds": round(time.monotonic() - started, 1)}
+    import_module("flows.report").show(summary)
+    return summary
+
+
+def explain(flow: str, asked: "Arguments") -> None:
+    """Say of every unit of work whether it is intact or why it is stale. Runs nothing."""
+    module = import_module(MODULES[flow])
+    current = Session(force=frozenset(asked.force), dry=True)
+    with session(current):
+        getattr(module, flow).fn(recipe=asked.recipe, overrides=asked.overrides)
+    for outcome in current.outcomes:
+        mark = "intact" if outcome.cached else "stale "
+        print(f"{mark}  {outcome.stage:<9} {outcome.label:<28} {'' if outcome.cached else outcome.why}".rstrip())
+    stale = sum(not o.cached for o in current.outcomes)
+    print(f"{stale} of {len(current.outcomes)} to do" if stale else "nothing to do")
+
+
+class _Reporter:
+    """One line per unit that runs; units that were cached are counted, one line per stage."""
+
+    def __init__(self) -> None:
+        self.stage, self.cached = "", 0
+
+    def start(self, stage: str, label: str, why: str) -> None:
+        self._turn_to(stage)
+        console.print(f"  {stage:<9} {label}: {why}", markup=False)
+
+    def outcome(self, outcome: Outcome) -> None:
+        self._turn_to(outcome.stage)
+        if outcome.cached:
+            self.cached += 1
+        else:
+            console.print(f"  {outcome.stage:<9} {outcome.label}: done in {outcome.seconds:.1f} s", markup=False)
+
+    def _turn_to(self, stage: str) -> None:
+        if stage != self.stage:
+            self.close()
+            self.stage = stage
+
+    def close(self) -> None:
+        if self.cached:
+            console.print(f"  {self.stage:<9} {self.cached} cached", markup=False)
+        self.cached = 0

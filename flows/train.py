@@ -1,0 +1,24 @@
+"""A policy checkpoint, and whatever it stands on that is not there yet."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.recipes import load
+from tasks.collect import collect_batches
+from tasks.dataset import aggregate_batches, chunk_tables, frame_stores
+from tasks.nights import begin
+from tasks.summary import summarize
+from tasks.train import train_checkpoint
+
+
+@flow(name="train", description=__doc__)
+def train(recipe: str = "demo", overrides: list[str] | None = None) -> dict[str, Any]:
+    night = load(recipe, overrides)
+    with begin(night):
+        batches = collect_batches(night)
+        frames = frame_stores(night, batches)
+        chunks = chunk_tables(night, batches)
+        dataset = aggregate_batches(night, batches)
+        checkpoint = train_checkpoint(night, dataset, frames, chunks)
+        return summarize(night, dataset=dataset, checkpoint=checkpoint)

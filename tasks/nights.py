@@ -1,0 +1,49 @@
+"""A night in MLflow: one parent run, a child per phase that really ran. A night in which nothing ran leaves no trace."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from data.refs import Ref
+from tasks import tracking
+from tasks.recipe import Recipe
+from tasks.stages import Session, Work, current_session, session
+from tasks.tracking import RunHandle
+from tasks.versioning import dvc_digest
+
+
+@contextmanager
+def begin(recipe: Recipe) -> Iterator[Session]:
+    """The session of one flow: the command line's if there is one, else (a deployment's run) a new one."""
+    current = current_session()
+    current.night = recipe.to_json()
+    with session(current):
+        try:
+            yield current
+        except BaseException as fault:
+            if current.run is not None:
+                current.run.finish("FAILED" if isinstance(fault, Exception) else "KILLED")
+            raise
+
+
+@contextmanager
+def phase_run(work: Work, *, datasets: Sequence[Ref] = ()) -> Iterator[RunHandle]:
+    """The MLflow run of one unit of work, a child of the night's if there is a night."""
+    run = tracking.start_phase(
+        _parent(work.session),
+        work.inputs.stage,
+        key=work.inputs.key,
+        params=work.params,
+        tags={"flywheel.label": work.label},
+        system_metrics=True,
+    )
+    with run:
+        for ref in datasets:
+            run.input_dataset(f"{ref.stage}-{ref.key[:8]}", dvc_digest(ref.dir), ref.dir)
+        yield run
+
+
+def _parent(current: Session) -> RunHandle | None:
+    """The night's own run, begun when it is first needed."""
+    if current.night is not None and current.run is None:
+        current.run = tracking.start_night(current.night["name"], current.night)
+    return current.run

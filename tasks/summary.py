@@ -1,0 +1,85 @@
+"""What a flow says at its end: to the terminal, to Prefect's page, to MLflow's parent run."""
+
+from typing import Any
+
+from data.refs import Ref
+from tasks.dataset import read_set
+from tasks.evaluate import PLOT, VIDEO, read_score
+from tasks.recipe import Recipe
+from tasks.stages import current_session
+
+
+def summarize(
+    recipe: Recipe,
+    *,
+    batches: list[Ref] | None = None,
+    dataset: Ref | None = None,
+    checkpoint: Ref | None = None,
+    score: Ref | None = None,
+    version: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What was made, as plain JSON values; closes the night's MLflow run and leaves Prefect's artefacts."""
+    current = current_session()
+    if current.dry:
+        return {}
+    summary: dict[str, Any] = {"recipe": recipe.name}
+    if batches:
+        summary |= {"batches": [ref.path for ref in batches], "batch_digests": [ref.digest for ref in batches]}
+    if dataset:
+        summary |= _of_dataset(dataset)
+    if checkpoint:
+        summary |= {"checkpoint": checkpoint.path, "checkpoint_digest": checkpoint.digest}
+    if score:
+        summary |= _of_score(score)
+    summary |= version or {}
+    summary |= {
+        "tasks_run": sum(not o.cached for o in current.outcomes),
+        "tasks_cached": sum(o.cached for o in current.outcomes),
+    }
+    _close_run(summary, score)
+    if score:
+        _show_in_prefect(summary, score)
+    return summary
+
+
+def _of_dataset(dataset: Ref) -> dict[str, Any]:
+    whole = read_set(dataset)
+    return {
+        "dataset": dataset.path,
+        "dataset_digest": dataset.digest,
+        "collected_episodes": whole.episodes,
+        "collected_steps": whole.steps,
+    }
+
+
+def _of_score(score: Ref) -> dict[str, Any]:
+    result = read_score(score)["score"]
+    return {
+        "success": result["success_rate"],
+        **{name: result[name] for name in ("interval", "episodes", "seeds", "subgoals", "protocol")},
+        "score": score.path,
+        "score_digest": score.digest,
+        "video": str(score.dir / VIDEO),
+        "plot": str(score.dir / PLOT),
+    }
+
+
+def _close_run(summary: dict[str, Any], score: Ref | None) -> None:
+    run = current_session().run
+    if run is None:
+        return
+    if score:
+        run.log(0, {"success_rate": summary["success"], "tasks_run": summary["tasks_run"]})
+        for name in (VIDEO, PLOT):
+            run.artifact(score.dir / name)
+    if "model_version" in summary:
+        run.tag({"flywheel.model_version": summary["model_version"], "flywheel.decision": summary["decision"]})
+    run.finish()
+    summary["run"] = run.page
+
+
+def _show_in_prefect(summary: dict[str, Any], score: Ref) -> None:
+    from tasks.orchestration import in_flow, show
+
+    if in_flow():
+        show(summary, (score.dir / PLOT).read_bytes())
