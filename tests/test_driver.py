@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from data.errors import BadInput
-from data.sim import driver
+from data.sim import apt, driver
 
 STANZA = """Types: deb
 URIs: http://mirror.example/debian
@@ -26,28 +26,28 @@ def write_sources(etc, **files):
 
 def test_an_old_release_gets_its_backports_from_the_same_address(tmp_path):
     etc = write_sources(tmp_path, debian_sources=STANZA, other_sources=STANZA.replace("bookworm", "nodistro"))
-    (text,) = driver._sources(etc, "bookworm").values()
+    (text,) = apt.sources_of(etc, "bookworm").values()
     assert "Suites: bookworm bookworm-updates bookworm-backports" in text
     assert "URIs: http://mirror.example/debian" in text
 
 
 def test_a_newer_release_is_taken_as_it_is(tmp_path):
     etc = write_sources(tmp_path, ubuntu_sources=STANZA.replace("bookworm", "noble"))
-    (text,) = driver._sources(etc, "noble").values()
+    (text,) = apt.sources_of(etc, "noble").values()
     assert "Suites: noble noble-updates\n" in text
 
 
 def test_one_line_sources_get_a_twin_for_the_backports(tmp_path):
     line = "deb [signed-by=/a/key.gpg] http://mirror.example/debian bookworm main contrib"
     etc = write_sources(tmp_path, debian_list=f"# a comment\n{line}\ndeb http://other.example stretch main\n")
-    (text,) = driver._sources(etc, "bookworm").values()
+    (text,) = apt.sources_of(etc, "bookworm").values()
     assert text.splitlines() == [line, line.replace(" bookworm ", " bookworm-backports ")]
 
 
 def test_no_source_for_this_release_is_said_in_one_line(tmp_path):
     etc = write_sources(tmp_path, debian_sources=STANZA + "Enabled: no\n")
     with pytest.raises(BadInput, match="no apt source for release 'bookworm'"):
-        driver._sources(etc, "bookworm")
+        apt.sources_of(etc, "bookworm")
 
 
 def test_without_apt_the_remedy_is_named(monkeypatch, tmp_path):
@@ -66,10 +66,27 @@ def test_a_failed_download_leaves_nothing_behind(monkeypatch, tmp_path):
         (tools / tool).write_text("#!/bin/sh\necho 'E: Unable to fetch some archives' >&2\nexit 100\n")
         (tools / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setattr(driver, "_sources", lambda etc, release: {"debian.sources": STANZA})
+    monkeypatch.setattr(apt, "sources_of", lambda etc, release: {"debian.sources": STANZA})
     with pytest.raises(BadInput, match="Unable to fetch some archives"):
         driver.install_driver(log=lambda line: None)
-    assert list((tmp_path / ".flywheel").iterdir()) == []
+    assert not list((tmp_path / ".flywheel").glob("vulkan*/"))
+
+
+def test_an_installation_replaces_a_broken_one_and_clears_what_a_kill_left(monkeypatch, tmp_path):
+    def unpacked(work):
+        (work / "vulkan").mkdir()
+        (work / "vulkan" / "icd.json").touch()
+        return work / "vulkan"
+
+    monkeypatch.setenv("FLYWHEEL_ROOT", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(driver, "_unpacked", unpacked)
+    (tmp_path / ".flywheel" / "vulkan-killed").mkdir(parents=True)
+    driver.driver_dir().mkdir()
+    (driver.driver_dir() / "broken").touch()
+    assert driver.install_driver(log=lambda line: None) == driver.driver_dir()
+    assert [path.name for path in driver.driver_dir().iterdir()] == ["icd.json"]
+    assert not list((tmp_path / ".flywheel").glob("vulkan-*"))
 
 
 @pytest.fixture
@@ -122,13 +139,3 @@ def test_a_damaged_private_library_is_named(tmp_path):
     (tmp_path / "preload.json").write_text('["libx.so"]')
     with pytest.raises(BadInput, match="delete that folder"):
         driver._preload(tmp_path)
-
-
-def test_publishing_replaces_a_broken_folder(tmp_path):
-    final, tree = tmp_path / "state" / "vulkan", tmp_path / "work" / "vulkan"
-    final.mkdir(parents=True)
-    (final / "old").touch()
-    tree.mkdir(parents=True)
-    (tree / "icd.json").touch()
-    driver._publish(tree, final)
-    assert [path.name for path in final.iterdir()] == ["icd.json"]

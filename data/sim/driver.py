@@ -13,6 +13,7 @@ The addresses come from the machine's own apt sources.
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -23,17 +24,16 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from types import ModuleType
 
 from data.errors import BadInput
 from data.paths import state_dir
+from data.sim.apt import PrivateApt, is_installed
 
 PACKAGE = "mesa-vulkan-drivers"
 SAPIEN_NEEDS = "libx11-6"  # its wheel links to libX11 and does not bring it
-NEEDS_BACKPORTS = ("bookworm",)  # releases whose own Mesa is older than 24
-ALIASES = ("stable", "oldstable", "oldoldstable", "testing", "unstable", "sid")  # what a source may say for a codename
 NEVER_UNPACK = ("libc6", "libgcc-s1", "libstdc++6")  # a second copy of these in one process is asking for trouble
 PROBE = "import sapien; sapien.render.RenderSystem(); print(sapien.render.get_device_summary())"
 
@@ -100,133 +100,38 @@ def device_summary() -> RenderDevice:
 def install_driver(log: Callable[[str], None] = print) -> Path:
     """Unpack the distribution's lavapipe under `driver_dir()` and return that folder. Raises `BadInput` if it cannot.
 
-    Atomic: built beside its final name and renamed, so that a kill leaves nothing half-made and two may race.
+    Built beside its final name and renamed, one process at a time: a kill leaves nothing that would be used, and what
+    it leaves the next installation removes.
     """
-    if missing := [tool for tool in ("apt-get", "apt-cache", "dpkg") if not shutil.which(tool)]:
+    if missing := [tool for tool in ("apt-get", "dpkg") if not shutil.which(tool)]:
         raise BadInput(
             f"no Vulkan driver SAPIEN accepts, and {missing[0]} is not here to fetch one: "
             "install Mesa >= 24 with lavapipe by this system's own means"
         )
     state_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="vulkan-", dir=state_dir()) as folder:
-        work = Path(folder)
-        apt = _PrivateApt(work / "apt")
-        log(f"fetching {PACKAGE} into {driver_dir()}")
-        apt.update()
-        needed = apt.closure(PACKAGE, SAPIEN_NEEDS)
-        packages = [p for p in needed if p == PACKAGE or not (_installed(p) or p in NEVER_UNPACK)]
-        tree = work / "vulkan"
-        apt.unpack(packages, tree)
-        _write_icd(tree)
-        _publish(tree, driver_dir())
+    with open(state_dir() / "vulkan.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left_over in state_dir().glob("vulkan-*"):
+            shutil.rmtree(left_over)
+        with tempfile.TemporaryDirectory(prefix="vulkan-", dir=state_dir()) as folder:
+            log(f"fetching {PACKAGE} into {driver_dir()}")
+            tree = _unpacked(Path(folder))
+            if driver_dir().exists():
+                driver_dir().rename(Path(folder) / "old")  # goes with the temporary folder
+            tree.rename(driver_dir())
     return driver_dir()
 
 
-def _publish(tree: Path, final: Path) -> None:
-    """Put `tree` in the place of `final`, whatever lies there."""
-    if final.exists():
-        final.rename(tree.parent / "old")  # goes with the temporary folder
-    try:
-        tree.rename(final)
-    except OSError:
-        if not (final / "icd.json").exists():  # not a racing process that was first, but a real fault
-            raise
-
-
-class _PrivateApt:
-    """apt with its own lists, cache and idea of what is installed (nothing), reading the machine's own sources."""
-
-    def __init__(self, folder: Path) -> None:
-        for sub in ("lists/partial", "cache/archives/partial", "sources"):
-            (folder / sub).mkdir(parents=True)
-        (folder / "status").touch()
-        self.folder = folder
-        self.release = _os_release()["VERSION_CODENAME"]
-        for name, text in _sources(Path("/etc/apt"), self.release).items():
-            (folder / "sources" / name).write_text(text)
-        self.options = [
-            f"-oDir::State::Lists={folder}/lists",
-            f"-oDir::State::status={folder}/status",
-            f"-oDir::Cache={folder}/cache",
-            f"-oDir::Etc::sourceparts={folder}/sources",
-            "-oDir::Etc::sourcelist=/dev/null",
-            "-oAPT::Sandbox::User=root",  # the usual download user could not write here
-            "-oAPT::Install-Recommends=0",
-        ]
-        if self.release in NEEDS_BACKPORTS:
-            self.options.append(f"-oAPT::Default-Release={self.release}-backports")
-
-    def update(self) -> None:
-        self._run("apt-get", "update")
-
-    def closure(self, *packages: str) -> list[str]:
-        """`packages` and all they stand on, as apt would install them on an empty machine."""
-        return re.findall(r"^Inst (\S+)", self._run("apt-get", "--simulate", "install", *packages), flags=re.M)
-
-    def unpack(self, packages: list[str], tree: Path) -> None:
-        self._run("apt-get", "download", *packages)
-        for archive in sorted(self.folder.glob("*.deb")):
-            _command("dpkg", "-x", str(archive), str(tree))
-
-    def _run(self, tool: str, *arguments: str) -> str:
-        return _command(tool, *self.options, *arguments, cwd=self.folder)
-
-
-def _command(*command: str, cwd: Path | None = None) -> str:
-    """What `command` prints. Raises `BadInput` with the last line of its complaint."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BadInput(
-            f"{command[0]} failed: {reason[:110]}; is the network up, does `apt-get update` work, is there room?"
-        )
-    return done.stdout
-
-
-def _sources(etc: Path, release: str) -> dict[str, str]:
-    """The machine's sources for its own `release`, as file name -> text, with the backports suite if needed."""
-    wanted = {release, *ALIASES}
-    sources = {}
-    for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]:
-        if not path.is_file() or path.suffix not in (".list", ".sources"):
-            continue
-        edit = _edit_stanza if path.suffix == ".sources" else _edit_line
-        pieces = re.split(r"\n\s*\n", path.read_text()) if path.suffix == ".sources" else path.read_text().splitlines()
-        kept = [text for piece in pieces if (text := edit(piece, wanted, release in NEEDS_BACKPORTS))]
-        if kept:
-            sources[path.name] = ("\n\n" if path.suffix == ".sources" else "\n").join(kept) + "\n"
-    if not sources:
-        raise BadInput(f"{etc}: no apt source for release {release!r}; add one, or install Mesa >= 24 with lavapipe")
-    return sources
-
-
-def _edit_stanza(stanza: str, wanted: set[str], backports: bool) -> str | None:
-    """One deb822 stanza, its suites extended; None if it is not for this release or switched off."""
-    suites = re.search(r"^Suites:(.*)$", stanza, flags=re.M)
-    off = re.search(r"^Enabled:\s*no", stanza, flags=re.M | re.I)
-    own = [suite for suite in (suites[1].split() if suites else []) if suite in wanted]
-    if off or not own:
-        return None
-    extended = f"{suites[1].strip()} {own[0]}-backports" if backports else suites[1].strip()
-    return stanza[: suites.start()] + f"Suites: {extended}" + stanza[suites.end() :]
-
-
-def _edit_line(line: str, wanted: set[str], backports: bool) -> str | None:
-    """One `deb [options] address suite components` line, with a twin for the backports."""
-    parts = re.match(r"(deb\s+(?:\[.*?\]\s+)?\S+\s+)(\S+)(\s.*)$", line.strip())
-    if not parts or parts[2] not in wanted:
-        return None
-    return line + (f"\n{parts[1]}{parts[2]}-backports{parts[3]}" if backports else "")
-
-
-def _os_release() -> dict[str, str]:
-    pairs = re.findall(r'^(\w+)="?([^"\n]*)"?$', Path("/etc/os-release").read_text(), flags=re.M)
-    return {"VERSION_CODENAME": "sid", **dict(pairs)}
-
-
-def _installed(package: str) -> bool:
-    done = subprocess.run(["dpkg-query", "-W", "-f=${db:Status-Status}", package], capture_output=True, text=True)
-    return done.stdout.strip() == "installed"
+def _unpacked(work: Path) -> Path:
+    """The driver, ready to be used, in a new folder under `work`."""
+    apt = PrivateApt(work / "apt")
+    apt.update()
+    needed = apt.closure(PACKAGE, SAPIEN_NEEDS)
+    packages = [p for p in needed if p == PACKAGE or not (is_installed(p) or p in NEVER_UNPACK)]
+    tree = work / "vulkan"
+    apt.unpack(packages, tree)
+    _write_icd(tree)
+    return tree
 
 
 def _write_icd(tree: Path) -> None:
@@ -242,8 +147,7 @@ def _write_icd(tree: Path) -> None:
 
 
 def _sapien_library() -> Path:
-    folder = Path(find_spec("sapien").submodule_search_locations[0])
-    return next(folder.glob("pysapien.*.so"))
+    return next(Path(str(distribution("sapien").locate_file("sapien"))).glob("pysapien.*.so"))
 
 
 def _private_libraries(tree: Path, *users: Path) -> list[str]:

@@ -6,6 +6,7 @@ seeds and actions give equal motion under either look.
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ HAND = "panda_hand"
 ARM_STIFFNESS = 6400.0  # 1/s²
 ARM_DAMPING = 160.0  # 1/s
 ARM_ARMATURE = 0.3  # kg m²: the rotors' inertia seen through the gears; keeps joints from disturbing one another
+LEAST_INERTIA = 1e-4  # kg m²: the solver dislikes less
 ARM_FORCE = 200.0  # N m, about twice what the real joints hold: enough for the accelerations above
 FINGER_STIFFNESS = 1000.0  # N/m
 FINGER_DAMPING = 100.0  # N s/m
@@ -221,7 +223,8 @@ def _articulation(sapien, sim):
         part = builder.create_link_builder(parent)
         part.set_name(link.name)
         _set_joint(sapien, part, index)
-        _set_inertia(sapien, part, link)
+        center, inertia = _inertia(link)
+        part.set_mass_and_inertia(link.mass, sapien.Pose(center), inertia)
         if link.solid:
             for shape in link.shapes:
                 _add_collision(sapien, part, shape, friction if link.name in FINGERS else None)
@@ -255,13 +258,13 @@ def _set_joint(sapien, part, index: int) -> None:
     part.set_joint_properties(kind, [limits], origin * axis, axis)
 
 
-def _set_inertia(sapien, part, link: Link) -> None:
-    """The published mass, spread evenly over the box around the link's shapes (no inertia smaller than 1e-4 kg m²)."""
+@cache
+def _inertia(link: Link) -> tuple[np.ndarray, np.ndarray]:
+    """Centre (m) and principal inertia (kg m²): the mass spread evenly over the box around the link's shapes."""
     corners = np.concatenate([_corners(shape) for shape in link.shapes])
     low, high = corners.min(axis=0), corners.max(axis=0)
     square = (high - low) ** 2
-    inertia = np.maximum(link.mass / 12 * (square.sum() - square), 1e-4)
-    part.set_mass_and_inertia(link.mass, sapien.Pose((low + high) / 2), inertia)
+    return (low + high) / 2, np.maximum(link.mass / 12 * (square.sum() - square), LEAST_INERTIA)
 
 
 def _corners(shape: Capsule | Box) -> np.ndarray:
