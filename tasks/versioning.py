@@ -32,4 +32,5 @@ def dvc_digest(path: Path) -> str:
         raise BadInput(f"{path}: DVC versions no folder with a .dvcignore inside; remove that file") from error
     finally:
         state.close()
+    assert tree.hash_info and tree.hash_info.value
     return tree.hash_info.value
