@@ -29,13 +29,13 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int64, UInt32
 
+from data.chunk_config import ChunkConfig
 from data.errors import BadInput
-from data.registry import did_you_mean
 from data.schema import TERMINATED, TRUNCATED
 from data.store import canonical
 from data.subgoals import EVENT, Labeler, labeler_digest
 
-REWARD_MODES = ("indicator", "discounted", "count")
+METADATA = "flywheel.chunks"  # key in the parquet file's metadata
 COLUMNS = {
     "episode_index": pl.Int64,
     "start": pl.UInt32,  # row number of o_t and a_t
@@ -48,25 +48,6 @@ COLUMNS = {
     "truncated": pl.Boolean,  # the recording ended inside, the task did not
     "n_pad": pl.UInt32,  # H - h
 }
-METADATA = "flywheel.chunks"  # key in the parquet file's metadata
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkConfig:
-    """How steps become chunks."""
-
-    horizon: int = 10  # H, actions per decision
-    gamma: float = 0.99  # discount per step, in (0, 1]
-    reward_mode: str = "indicator"  # "indicator": any event pays 1; "discounted": Σ γ^k event; "count": Σ event
-    stride: int = 1  # steps between the starts of two chunks
-
-    def __post_init__(self) -> None:
-        if self.reward_mode not in REWARD_MODES:
-            raise BadInput(f"unknown reward_mode {self.reward_mode!r}{did_you_mean(self.reward_mode, REWARD_MODES)}")
-        if self.horizon < 1 or self.stride < 1:
-            raise BadInput(f"horizon {self.horizon} and stride {self.stride} are counts of steps; give 1 or more")
-        if not 0 < self.gamma <= 1:
-            raise BadInput(f"gamma {self.gamma} is no discount; give a number in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
