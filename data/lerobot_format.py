@@ -1,13 +1,13 @@
 """What all LeRobot versions share: `meta/info.json`, where each episode lies, and our names for foreign keys."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import ArrayLike
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from data.schema import ACTION, IMAGE, REWARD, STATE, SUBGOAL, SUCCESS
@@ -154,7 +154,7 @@ class Meta:
         return {canonical(k, visual=True).removeprefix(IMAGE): k for k, f in self.info.features.items() if f.visual}
 
 
-def first(mask: Sequence[bool] | np.ndarray | pl.Series) -> int | None:
+def first(mask: ArrayLike) -> int | None:
     """Position of the first True."""
     mask = np.asarray(mask)
     return int(mask.argmax()) if mask.any() else None

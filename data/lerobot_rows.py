@@ -40,7 +40,7 @@ def _column(root: Path, file: str, column: pa.ChunkedArray, key: str, feature: F
         if isinstance(values, pa.ExtensionArray):
             values = values.storage
         if values.null_count:
-            row = first(values.is_null().to_numpy(False)) // per_row
+            row = int(values.is_null().to_numpy(False).argmax()) // per_row
             raise fault(root, file, f"{key}: row {row} is null", remedy)
         if not _is_list(values.type):
             break

@@ -101,7 +101,7 @@ def _record(number: int, episode: Episode, schema: Schema, videos: dict[str, Vid
 def _refuse_misfit(number: int, episode: Episode, schema: Schema) -> None:
     """A fault of the recording program, not of its user: hence ValueError."""
     n, size = len(episode), schema.image_size
-    expected = {"state": (n, len(schema.state)), "action": (n, len(schema.action))}
+    expected: dict[str, tuple[int, ...]] = {"state": (n, len(schema.state)), "action": (n, len(schema.action))}
     expected |= {f"images[{c}]": (n, *size, 3) for c in schema.cameras}
     arrays = {"state": episode.state, "action": episode.action}
     arrays |= {f"images[{c}]": images for c, images in episode.images.items()}
@@ -158,7 +158,7 @@ def _write_meta(
         "splits": {"train": f"0:{len(recorded)}"},
     }
     whole = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
-    pictures = {c: sum(r.histograms[c] for r in recorded) for c in schema.cameras}
+    pictures = {c: np.sum([r.histograms[c] for r in recorded], axis=0) for c in schema.cameras}
     _write_json(out / INFO, info)
     _write_json(out / STATS, _stats(whole, pictures, schema))
     _write_parquet(_task_table(tasks), out / TASKS)

@@ -8,11 +8,12 @@ against 4:4:4 whatever the bit rate. x264's `ultrafast` at CRF 18 gives 43 dB at
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Self
 
 import av
 import numpy as np
-from av.video.frame import VideoFrame
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float64, UInt8
 
@@ -20,7 +21,7 @@ CODEC, PIXELS, CRF, PRESET = "libx264", "yuv444p", 18, "ultrafast"
 GOP = 5  # frames from one key frame to the next: what a random access decodes at most
 
 # What PyAV raises on bytes it cannot make sense of (its errors are OSErrors or ValueErrors by errno).
-DECODE_ERRORS = (av.FFmpegError, OSError, ValueError)
+DECODE_ERRORS = (FFmpegError, OSError, ValueError)
 
 
 def in_words(error: Exception) -> str:
@@ -46,11 +47,11 @@ class VideoWriter:
             frame = VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = self.frames, self._tick
             if i == 0:
-                frame.pict_type = av.video.frame.PictureType.I
+                frame.pict_type = PictureType.I
             self._container.mux(self._stream.encode(frame))
             self.frames += 1
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -72,12 +73,13 @@ class VideoIndex:
 def index(path: Path) -> VideoIndex:
     """Read every packet of the first video stream. Raises one of `DECODE_ERRORS`."""
     with _open(path) as container:
-        stream = _pictures(container)
+        stream, tick = _pictures(container)
         packets = [p for p in container.demux(stream) if p.size]
         if any(p.is_corrupt or p.pts is None for p in packets):
             raise ValueError("a damaged packet")
-        times = np.sort(np.array([p.pts for p in packets], np.int64)) * float(stream.time_base)
-        return VideoIndex(times=times, height=stream.height, width=stream.width, fps=float(stream.average_rate or 0))
+        height, width, fps = stream.height, stream.width, float(stream.average_rate or 0)
+    times = np.sort(np.array([p.pts for p in packets], np.int64)) * float(tick)
+    return VideoIndex(times=times, height=height, width=width, fps=fps)
 
 
 def decode(path: Path, *, start: int, length: int, fps: int) -> UInt8[np.ndarray, "l height width 3"]:
@@ -87,12 +89,12 @@ def decode(path: Path, *, start: int, length: int, fps: int) -> UInt8[np.ndarray
     """
     reformat, missing = VideoReformatter(), length
     with _open(path) as container:
-        stream = _pictures(container)
+        stream, tick = _pictures(container)
         stream.thread_count = 1
         images = np.empty((length, stream.height, stream.width, 3), np.uint8)
         seen = np.zeros(length, bool)
         if start:
-            container.seek(round((start + 0.25) / fps / stream.time_base), stream=stream)  # the key frame before
+            container.seek(round((start + 0.25) / fps / tick), stream=stream)  # the key frame before
         for frame in container.decode(stream):
             if frame.time is None:
                 raise ValueError("a frame without a time")
@@ -105,12 +107,14 @@ def decode(path: Path, *, start: int, length: int, fps: int) -> UInt8[np.ndarray
     raise ValueError(f"frame {start + int(seen.argmin())} of {start + length} is missing")
 
 
-def _pictures(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video or container.streams.video[0].codec_context is None:
+def _pictures(container: InputContainer) -> tuple[av.VideoStream, Fraction]:
+    """The video stream and its unit of time."""
+    stream = next(iter(container.streams.video), None)
+    if stream is None or stream.codec_context is None or not stream.time_base:
         raise ValueError("no video stream")
-    return container.streams.video[0]
+    return stream, stream.time_base
 
 
-def _open(path: Path) -> av.container.InputContainer:
+def _open(path: Path) -> InputContainer:
     # The demuxer is named, so that a playlist dressed as an mp4 is refused and not followed.
     return av.open(str(path), format="mp4", options={"protocol_whitelist": "file"})
