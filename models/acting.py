@@ -1,12 +1,15 @@
 """A trained policy as what a rollout asks: arrays in, chunks out, noise a function of (seed, step)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 
-from models.devices import threads
+from data.schema import Schema
+from models.checkpoint import load_policy
+from models.devices import best_device, threads
 from models.policy import Policy
 from models.seeds import derive
 from models.types import Observation
@@ -46,3 +49,12 @@ class ActingPolicy:
         """Drawn on the CPU, so that every device starts from the same."""
         generator = torch.Generator().manual_seed(derive("act", seed, step))
         return torch.randn(self.policy.head.noise_shape, generator=generator)
+
+
+def acting_policy(path: Path | str, digest: str, schema: Schema) -> ActingPolicy:
+    """The averaged weights of a checkpoint folder, on the best device here, ready to act on observations of `schema`.
+
+    Raises `BadInput` when the checkpoint is damaged or was trained on another schema.
+    """
+    policy = load_policy(path, fits=schema, whose="the environment")
+    return ActingPolicy(policy.to(best_device()), digest)

@@ -108,8 +108,8 @@ class _Run:
         resume: bool,
     ) -> Path:
         with threads(self.threads):
-            frozen = frozen_digest(self.phase)
             start = self._start(resume)
+            frozen = frozen_digest(self.phase)
             batches = make_batches(start) if start < self.config.steps else iter(())
             train_mode(self.phase)
             for step in range(start, self.config.steps):
