@@ -18,6 +18,7 @@ from data.sim.kinematics import FLANGE_HEIGHT, HAND_TURN, JOINT_HIGH, JOINT_LOW,
 BASE = (-0.615, 0.0, 0.0)  # m: the base stands here, so that the TCP rests above the world's origin
 REST = np.array([0.0, np.pi / 8, 0.0, -5 * np.pi / 8, 0.0, 3 * np.pi / 4, np.pi / 4])  # rad
 FINGER_TRAVEL = 0.04  # m per finger; the opening is twice that
+FINGER_HEIGHT = 0.0584  # m along z of the hand's frame, where the fingers' frames are
 FINGERS = ("panda_leftfinger", "panda_rightfinger")
 HAND = "panda_hand"
 
@@ -32,6 +33,10 @@ FINGER_STIFFNESS = 1000.0  # N/m
 FINGER_DAMPING = 100.0  # N s/m
 FINGER_FORCE = 70.0  # N, the real hand's continuous grasp force
 FINGER_FRICTION = 2.0  # rubber pads
+
+_HALF = float(np.sqrt(0.5))
+X_TO_Z = (_HALF, 0.0, -_HALF, 0.0)  # quaternions w x y z
+X_TO_Y, X_TO_MINUS_Y = (_HALF, 0.0, 0.0, _HALF), (_HALF, 0.0, 0.0, -_HALF)
 
 COLORS = {"robot_light": (0.86, 0.87, 0.88), "robot_dark": (0.18, 0.19, 0.21)}
 
@@ -233,28 +238,22 @@ def _articulation(sapien, sim):
 
 
 def _set_joint(sapien, part, index: int) -> None:
-    """Joint between link `index` and its parent. SAPIEN's joints turn about (slide along) their frame's x axis."""
+    """Join link `index` to its parent. SAPIEN's joints turn about, or slide along, the x axis of their own frame."""
     if index == 0:
         return
-    z_to_x = [np.sqrt(0.5), 0.0, -np.sqrt(0.5), 0.0]  # turns x into z
-    y_to_x = [np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)]  # turns x into y
     if index <= 7:
         position, roll = JOINT_ORIGINS[index - 1]
-        origin = sapien.Pose(position, [np.cos(roll / 2), np.sin(roll / 2), 0, 0])
-        turn, kind, limits = z_to_x, "revolute", (JOINT_LOW[index - 1], JOINT_HIGH[index - 1])
-        part.set_joint_name(f"panda_joint{index}")
+        name, kind, limits = f"panda_joint{index}", "revolute", (JOINT_LOW[index - 1], JOINT_HIGH[index - 1])
+        origin, turn = sapien.Pose(position, [np.cos(roll / 2), np.sin(roll / 2), 0, 0]), X_TO_Z
     elif index == 8:
+        name, kind, limits = "panda_hand_joint", "fixed", ()
         origin = sapien.Pose([0, 0, FLANGE_HEIGHT], [np.cos(HAND_TURN / 2), 0, 0, np.sin(HAND_TURN / 2)])
-        turn, kind, limits = z_to_x, "fixed", ()
-        part.set_joint_name("panda_hand_joint")
+        turn = X_TO_Z
     else:
-        side = 1.0 if index == 9 else -1.0
-        origin = sapien.Pose([0, 0, 0.0584])
-        turn, kind, limits = y_to_x, "prismatic", (0.0, FINGER_TRAVEL)
-        if side < 0:  # turns x into -y
-            turn = [np.sqrt(0.5), 0.0, 0.0, -np.sqrt(0.5)]
-        part.set_joint_name(f"panda_finger_joint{index - 8}")
+        name, kind, limits = f"panda_finger_joint{index - 8}", "prismatic", (0.0, FINGER_TRAVEL)
+        origin, turn = sapien.Pose([0, 0, FINGER_HEIGHT]), X_TO_Y if index == 9 else X_TO_MINUS_Y
     axis = sapien.Pose([0, 0, 0], turn)
+    part.set_joint_name(name)
     part.set_joint_properties(kind, [limits], origin * axis, axis)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data.sim.robot import FINGERS
 from data.sim.scenes import pick_cube
 from data.sim.scenes.base import Placement, Scene, State, Waypoint, block
 
@@ -10,6 +11,7 @@ BASE_HALF = 0.025  # m, half the green cube's edge
 RED_RANGE = ((-0.10, 0.08), (-0.14, -0.04))  # m: x and y at reset
 GREEN_RANGE = ((-0.10, 0.06), (0.07, 0.14))  # m
 CARRY = 0.04  # m above its final place at which the cube travels
+SLOPE = 3.0  # m of height per m of horizontal error beyond ALIGNED
 ALIGNED = 0.008  # m of horizontal error within which it is set down
 
 
@@ -41,7 +43,7 @@ def stacked(state: State) -> bool:
     """Standing on the green cube, still, touched by neither finger."""
     offset = _offset(state)
     standing = np.hypot(*offset[:2]) < BASE_HALF and abs(offset[2]) < 0.006
-    free = not any(pair & {"panda_leftfinger", "panda_rightfinger"} for pair in state.touching if "cube" in pair)
+    free = not any(pair & set(FINGERS) for pair in state.touching if "cube" in pair)
     return bool(standing and free and state.speeds["cube"] < 0.05)
 
 
@@ -60,8 +62,6 @@ def expert(state: State) -> Waypoint:
         return Waypoint(position=aim + np.array([0, 0, height]), gripper=-1.0, speed=0.015 if height == 0 else 0.03)
     return pick_cube.approach(state)
 
-
-SLOPE = 3.0  # m of height per m of horizontal error beyond ALIGNED
 
 SCENE = Scene(
     name="stack_cubes",
