@@ -153,7 +153,7 @@ def _transitions(steps: pl.DataFrame, config: ChunkConfig) -> pl.DataFrame:
             "t": steps["frame_index"],
             "h": h,
             "next": np.minimum(stop, end - 1),
-            "reward": _reward(event, h, config).astype(np.float32),
+            "reward": _reward(event, start, stop, config).astype(np.float32),
             "discount": discount,
             "terminal": terminal,
             "truncated": (stop == end) & ~terminal,
@@ -169,15 +169,17 @@ def _episode_ends(episode: Int64[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     return np.repeat(ends.astype(np.uint32), np.diff(ends, prepend=0))
 
 
-def _reward(event: np.ndarray, h: UInt32[np.ndarray, " n"], config: ChunkConfig) -> np.ndarray:
-    """What each chunk earns, from `event` [n], the number of events at each row."""
+def _reward(
+    event: np.ndarray, start: UInt32[np.ndarray, " n"], stop: UInt32[np.ndarray, " n"], config: ChunkConfig
+) -> np.ndarray:
+    """What each chunk of rows start..stop-1 earns, from `event` [n], the number of events at each row."""
     n = len(event)
     if config.reward_mode == "discounted":
         total = np.zeros(n)
         for k in range(min(config.horizon, n)):
-            total[: n - k] += config.gamma**k * (event[k:] * (h[: n - k] > k))
+            total[: n - k] += config.gamma**k * (event[k:] * (start[k:] < stop[: n - k]))
         return total
     paid = np.zeros(n + 1, np.uint32)  # paid[i]: events before row i, so a window's sum is one difference
     np.cumsum(event, out=paid[1:])
-    count = paid[np.arange(n, dtype=np.uint32) + h] - paid[:-1]
+    count = paid[stop] - paid[:-1]
     return count > 0 if config.reward_mode == "indicator" else count
