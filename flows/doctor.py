@@ -38,7 +38,7 @@ class Finding:
     mend: str = ""  # what to do when it is not ok
 
 
-def doctor(*, deep: bool = False, as_json: bool = False) -> int:
+def run(*, deep: bool = False, as_json: bool = False) -> int:
     """Print the findings, as lines or as JSON. 1 if a required one is not ok, else 0. `deep` re-reads the store."""
     findings = []
     for finding in examine(deep=deep):

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,22 +21,12 @@ from flows import environment, processes
 from flows.processes import Service
 from tasks.progress import console
 
+SERVICES = {"server": "Prefect's pages", "mlflow": "MLflow's pages", "worker": "Prefect's worker"}  # in order of start
 POOL = "flywheel"
 AUTOMATION = "flywheel: a run without heartbeat has crashed"
 HEARTBEAT_LIMIT_S = 90  # three heartbeats
 START_LIMIT_S = 180.0  # a busy machine needs a minute for what an idle one does in fifteen seconds
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """One service, for people and for `--json`."""
-
-    name: str
-    running: bool
-    url: str  # of its page; "" if it has none
-    pid: int | None
-    log: str
 
 
 def ensure_server() -> str:
@@ -58,8 +47,8 @@ def ensure_server() -> str:
     return os.environ["PREFECT_API_URL"]
 
 
-def up(prefect_yaml: Path = PREFECT_YAML) -> list[Status]:
-    """Everything that works at night while nobody is there. Repeating it is harmless: what runs is kept."""
+def up(prefect_yaml: Path = PREFECT_YAML) -> list[str]:
+    """Everything that works at night while nobody is there; lines that say what runs. Repeating it is harmless."""
     api = ensure_server()
     with _one_at_a_time("up"):
         _ensure_mlflow_pages()
@@ -68,36 +57,34 @@ def up(prefect_yaml: Path = PREFECT_YAML) -> list[Status]:
             _ensure_automation()
             _deploy(prefect_yaml)
             _ensure_worker(api)
-    return status()
+    return _lines()
 
 
-def down() -> list[Status]:
+def down() -> list[str]:
     """End what was started: the worker with the runs it has begun, then the servers."""
-    for name in ("worker", "mlflow", "server"):
+    for name in reversed(SERVICES):
         if service := processes.recorded(name):
             with console.status(f"ending {name}"):
                 processes.stop(service)
             if os.environ.get("PREFECT_API_URL") == service.url:
                 del os.environ["PREFECT_API_URL"]
-    return status()
+    return _lines()
 
 
-def status() -> list[Status]:
-    """What of ours runs, and where its pages are."""
-    found = []
-    for name in ("server", "worker", "mlflow"):
-        service = processes.recorded(name)
-        alive = service is not None and service.alive
-        found.append(
-            Status(
-                name=name,
-                running=alive,
-                url=service.url.removesuffix("/api") if service and alive and name != "worker" else "",
-                pid=service.pid if service and alive else None,
-                log=service.log if service else "",
-            )
-        )
-    return found
+def status() -> dict[str, str]:
+    """Of each service of ours, where its page is and who it is, or "not running"."""
+    return {name: _describe(processes.recorded(name)) for name in SERVICES}
+
+
+def _lines() -> list[str]:
+    return [f"{SERVICES[name]:<16} {text}" for name, text in status().items()]
+
+
+def _describe(service: Service | None) -> str:
+    if service is None or not service.alive:
+        return "not running"
+    page = "takes runs" if service.name == "worker" else service.url.removesuffix("/api")
+    return f"{page} (pid {service.pid}, log {service.log})"
 
 
 # -- Prefect's server --------------------------------------------------------------------------------------------------

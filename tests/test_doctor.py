@@ -23,8 +23,8 @@ def machine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(capsys, **options):
-    code = doctor.doctor(as_json=True, **options)
+def examine(capsys, **options):
+    code = doctor.run(as_json=True, **options)
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] == (code == 0)
     return code, {finding["name"]: finding for finding in report["findings"]}
@@ -32,7 +32,7 @@ def run(capsys, **options):
 
 def test_a_good_machine_passes_and_a_missing_gpu_does_not_matter(machine, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    code, findings = run(capsys)
+    code, findings = examine(capsys)
     assert code == 0
     assert not findings["GPU"]["ok"] and not findings["GPU"]["required"]
     assert findings["Vulkan"]["found"] == "llvmpipe [somewhere]"
@@ -41,7 +41,7 @@ def test_a_good_machine_passes_and_a_missing_gpu_does_not_matter(machine, capsys
 
 def test_lines_for_people_show_the_remedy_under_what_is_missing(machine, capsys, monkeypatch):
     monkeypatch.setattr("data.sim.driver.device_summary", lambda: RenderDevice(ok=False, name="", detail="no driver"))
-    assert doctor.doctor() == 1
+    assert doctor.run() == 1
     lines = capsys.readouterr().out.splitlines()
     here = next(i for i, line in enumerate(lines) if "Vulkan" in line)
     assert lines[here].startswith("MISSING") and "no driver" in lines[here]
@@ -50,21 +50,21 @@ def test_lines_for_people_show_the_remedy_under_what_is_missing(machine, capsys,
 
 def test_versions_that_break_prefect_silently_are_found(machine, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: "2.1.0")
-    code, findings = run(capsys)
+    code, findings = examine(capsys)
     assert code == 1
     assert "sqlalchemy 2.1.0" in findings["packages"]["found"]
 
 
 def test_a_store_that_cannot_be_written(machine, capsys):
     (machine / "store").write_text("a file where the folder should be")
-    code, findings = run(capsys)
+    code, findings = examine(capsys)
     assert code == 1
     assert "cannot be written" in findings["store"]["found"]
 
 
 def test_a_full_disk(machine, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "NEEDED_DISK_GB", 1e9)
-    code, findings = run(capsys)
+    code, findings = examine(capsys)
     assert code == 1
     assert not findings["disk"]["ok"]
 
@@ -72,7 +72,7 @@ def test_a_full_disk(machine, capsys, monkeypatch):
 def test_servers_the_user_has_named_must_answer(machine, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    code, findings = run(capsys)
+    code, findings = examine(capsys)
     assert code == 1
     assert findings["MLflow"]["found"] == "http://127.0.0.1:9 does not answer (MLFLOW_TRACKING_URI)"
     assert findings["Prefect"]["required"]
@@ -91,7 +91,7 @@ def test_a_damaged_database(machine, capsys):
     database = machine / ".flywheel" / "mlflow" / "mlflow.db"
     database.parent.mkdir(parents=True)
     database.write_bytes(b"SQLite format 3\0" + b"rubbish" * 1000)
-    code, findings = run(capsys)
+    code, findings = examine(capsys)
     assert code == 1
     assert str(database) in findings["MLflow"]["mend"]
 
@@ -104,11 +104,11 @@ def test_deep_reads_every_artefact(machine, capsys):
     for n in range(2):
         inputs = Inputs(stage="train", params={"n": n})
         refs.append(store.ensure(inputs, lambda build: (build.out / "weights").write_bytes(b"0" * 1000) and None)[0])
-    code, findings = run(capsys, deep=True)
+    code, findings = examine(capsys, deep=True)
     assert code == 0 and findings["artefacts"]["found"] == "2 read in full and intact"
     damaged = refs[0].dir / "weights"
     damaged.chmod(0o644)
     damaged.write_bytes(b"0" * 999 + b"1")
-    code, findings = run(capsys, deep=True)
+    code, findings = examine(capsys, deep=True)
     assert code == 1
     assert str(refs[0].dir) in findings["artefact"]["found"]

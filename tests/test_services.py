@@ -120,10 +120,11 @@ def test_up_again_changes_nothing(machine, api):
     root, _, first = machine
     paths = ("/deployments/filter", "/work_pools/filter", "/automations/filter")
     before = [[found["id"] for found in post(api, path)] for path in paths]
-    assert services.up(root / "prefect.yaml") == first
+    assert services.up(root / "prefect.yaml") == first  # the same processes
     assert [[found["id"] for found in post(api, path)] for path in paths] == before
     assert [len(ids) for ids in before] == [1, 1, 1]
-    assert {status.name: status.running for status in first} == {"server": True, "worker": True, "mlflow": False}
+    running = {name: text != "not running" for name, text in services.status().items()}
+    assert running == {"server": True, "worker": True, "mlflow": False}
 
 
 def test_down_ends_what_up_started_and_what_that_left_behind(machine, monkeypatch):
@@ -136,7 +137,8 @@ def test_down_ends_what_up_started_and_what_that_left_behind(machine, monkeypatc
     os.kill(server.pid, signal.SIGKILL)
     assert until(lambda: not server.alive, 10)
     assert services._running_server() is None  # a dead one is never taken for a server
-    assert not any(status.running for status in services.down())
+    services.down()
+    assert set(services.status().values()) == {"not running"}
     assert orphan.poll() is not None
     tokens = {server.token, worker.token}
     left = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(processes.TOKEN) in tokens]
@@ -155,6 +157,7 @@ def empty_root(tmp_path, monkeypatch):
 
 def test_a_recycled_process_id_is_left_alone(empty_root):
     service = processes.start("sleeper", ["sleep", "600"], environment={})
+    time.sleep(0.05)  # start times are counted in hundredths of a second
     innocent = subprocess.Popen(["sleep", "600"])
     try:
         stale = processes.Service(**{**vars(service), "pid": innocent.pid, "token": "of another time"})

@@ -358,7 +358,7 @@ def server(importing_server, tmp_path, monkeypatch, empty_database):
 
 
 def test_an_outage_neither_slows_a_run_nor_thins_its_metrics(server, tmp_path, caplog):
-    """Up, killed in mid-training, finished while down, back: all points, once."""
+    """Up, killed in mid-training, finished while down, the next run begun while down, back: all points, once."""
     server.start()
     video = tmp_path / "video.mp4"
     video.write_bytes(b"mp4")
@@ -378,12 +378,20 @@ def test_an_outage_neither_slows_a_run_nor_thins_its_metrics(server, tmp_path, c
     assert time.perf_counter() - before < 15
     assert sorted(waits)[int(0.99 * len(waits))] < 0.01
     assert caplog.text.count("metrics wait in") == 1
+    night = tracking.start_night("demo", {})
+    child = tracking.start_phase(night, "evaluate", key="k2", params={})
+    child.log(0, {"success": 0.5})
+    child.finish(timeout=0.1)
+    night.finish(timeout=0.1)
+    assert night.run_id is None and child.page is None
 
     server.start()
     assert tracking.replay_spools(60) is None
     assert [step for step, _ in history(run.run_id, "loss")] == list(range(1500))
     assert len(history(run.run_id, "lr")) == 1500
     assert read_run(run.run_id).info.status == "FINISHED"
+    assert history(child.run_id, "success") == [(0, 0.5)]
+    assert read_run(child.run_id).data.tags["mlflow.parentRunId"] == night.run_id
     assert (server.root / "artifacts" / "1" / run.run_id / "artifacts" / "video.mp4").exists()
 
 
