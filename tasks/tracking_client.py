@@ -106,12 +106,26 @@ def make_schema() -> None:
 
 @lru_cache
 def _connect(where: str) -> MlflowClient:
-    """A client whose database exists. Its tables are made by one process: MLflow loses that race 9 times in 12."""
-    made = MlflowClient(tracking_uri=where, registry_uri=where)
-    if where.startswith("sqlite"):
-        with lock("schema"):
-            made.search_experiments(max_results=1)
-    return made
+    if where.startswith("sqlite:///"):
+        _ensure_database(Path(where.removeprefix("sqlite:///")))
+    return MlflowClient(tracking_uri=where, registry_uri=where)
+
+
+def _ensure_database(file: Path) -> None:
+    """Create the tables complete or not at all.
+
+    MLflow makes them in dozens of migrations: of processes that do so at once most fail, and a kill in the middle leaves
+    a file that no later start can complete.
+    """
+    with lock("schema"):
+        if file.exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in file.parent.glob(f"{file.name}.making-*"):
+            left_by_a_kill.unlink()
+        making = file.with_name(f"{file.name}.making-{os.getpid()}")
+        MlflowClient(tracking_uri=f"sqlite:///{making}", registry_uri=f"sqlite:///{making}")
+        making.rename(file)
 
 
 @lru_cache

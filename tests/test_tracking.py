@@ -22,6 +22,10 @@ prepare()
 DIGEST = "d41d8cd98f00b204e9800998ecf8427e.dir"
 
 
+class Stop(BaseException):
+    """Nothing may catch it: the nearest thing to a kill inside one process."""
+
+
 # --- the spool alone, with a receiver we can break -------------------------------------------------------------------
 
 
@@ -137,13 +141,22 @@ def test_a_full_disk_costs_metrics_but_not_the_run(tmp_path, monkeypatch, caplog
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory):
-    """MLflow's tables take seconds to create: once for all tests."""
+    """MLflow's tables take seconds to create: once for all tests, after a first attempt that was killed."""
     root = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLYWHEEL_ROOT", str(root))
         from tasks import tracking_client
 
+        def stopped_in_the_middle(tracking_uri, registry_uri):
+            Path(tracking_uri.removeprefix("sqlite:///")).write_bytes(b"half a database")
+            raise Stop
+
+        with pytest.MonkeyPatch.context() as kill, pytest.raises(Stop):
+            kill.setattr(tracking_client, "MlflowClient", stopped_in_the_middle)
+            tracking_client.client()
+        assert not (tracking_client.home() / "mlflow.db").exists()
         tracking_client.client()
+        assert not list(tracking_client.home().glob("*.making-*"))
         return tracking_client.home() / "mlflow.db"
 
 
@@ -481,10 +494,6 @@ def test_two_at_once_make_one_version(store, checkpoint):
     from tasks import tracking_registry
 
     assert len(tracking_registry.versions("pick")) == 1
-
-
-class Stop(BaseException):
-    """Nothing may catch it: the nearest thing to a kill inside one process."""
 
 
 STEPS = (
