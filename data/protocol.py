@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 from data.errors import BadInput
+from data.sim.config import SimConfig
 from data.sim.driver import resolve_device
-from data.sim.env import SimConfig
 from data.sim.execution import execution
 from data.sim.registry import SCENES
 

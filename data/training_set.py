@@ -4,7 +4,6 @@ An aggregation copies nothing. It names its members by stage, key and digest; wh
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from data.errors import BadInput
 from data.lerobot import Dataset, open_dataset
 from data.normalize import Stats
 from data.refs import Ref
-from data.schema import ACTION, STATE, SUBGOAL, Schema
+from data.schema import ACTION, STATE, Schema
 from data.store import Store
 
 
@@ -112,22 +111,6 @@ def open_member(member: Member) -> Dataset:
     if ref is None or ref.digest != member.digest:
         raise BadInput(f"rollouts {member.key[:16]} of the dataset: {why}; run `flywheel collect` to make them again")
     return open_dataset(ref.dir)
-
-
-def at_reset(dataset: Dataset) -> pl.DataFrame:
-    """One row per episode: episode_index, and each sub-goal as it was before the first action; False where it has none."""
-    if dataset.rollouts is None:
-        raise BadInput(
-            f"{dataset.path}: meta/rollouts.parquet is missing, so no sub-goal is known at reset; collect anew"
-        )
-    columns = [c for c in dataset.steps.columns if c.startswith(SUBGOAL)]
-    rows = [
-        {"episode_index": i, **{c: json.loads(at).get(c.removeprefix(SUBGOAL), False) for c in columns}}
-        for i, at in enumerate(dataset.rollouts["subgoals_at_reset"])
-    ]
-    return pl.DataFrame(
-        rows, schema={"episode_index": dataset.steps.schema["episode_index"], **dict.fromkeys(columns, pl.Boolean)}
-    )
 
 
 def _member(ref: Ref, dataset: Dataset, held_out: float, failures: bool) -> Member:

@@ -5,8 +5,10 @@ from typing import Any
 from prefect import flow
 
 from flows.recipes import load
+from tasks.chunks import chunk_tables
 from tasks.collect import collect_batches
-from tasks.dataset import aggregate_batches, chunk_tables, frame_stores
+from tasks.dataset import aggregate_batches
+from tasks.frames import frame_stores
 from tasks.nights import begin
 from tasks.summary import summarize
 

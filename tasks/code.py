@@ -13,13 +13,18 @@ from pathlib import Path
 OURS = ("data", "models", "tasks", "flows")
 
 
-def code_digests(modules: tuple[str, ...], libraries: tuple[str, ...] = ()) -> dict[str, str]:
-    """`{module: digest}` of `modules` and all they import of ours, and `{library: version}`."""
+def code_digests(
+    modules: tuple[str, ...], libraries: tuple[str, ...] = (), *, without: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """`{module: digest}` of `modules` and all they import of ours, and `{library: version}`.
+
+    without: modules that are left out, together with whatever is imported by way of them only.
+    """
     seen: set[str] = set()
     queue = list(modules)
     while queue:
         module = queue.pop()
-        if module not in seen:
+        if module not in seen and module not in without:
             seen.add(module)
             queue.extend(_imports(module))
     return {m: _digest(m) for m in sorted(seen)} | {name: version(name) for name in libraries}

@@ -21,7 +21,7 @@ from tasks.stages import Work, ensure
 
 if TYPE_CHECKING:
     from data.episode import Episode
-    from data.sim.env import SimConfig
+    from data.sim.config import SimConfig
     from data.sim.policies import Policy
 
 
@@ -74,7 +74,7 @@ def _collect(recipe: Recipe, batch: Batch) -> Ref:
 def record_batch(build: Build, work: Work) -> None:
     """The body of the `collect` stage: act, and write what happened."""
     from data.lerobot import write_episodes
-    from data.sim.env import SimConfig
+    from data.sim.config import SimConfig
     from data.sim.rollout import rollout
     from data.validate import check_dataset
 

@@ -36,7 +36,7 @@ def read_score(ref: Ref) -> dict[str, Any]:
 def score_policy(build: Build, work: Work) -> None:
     """The body of the `evaluate` stage."""
     from data.protocol import EvalProtocol
-    from data.sim.env import SimConfig
+    from data.sim.config import SimConfig
     from models.acting import acting_policy
     from models.evaluation import evaluate, self_test
     from models.pictures import plot

@@ -14,22 +14,23 @@ def why_stale(inputs: Inputs, store: Store, fault: str) -> str:
     if not differences:
         return "not built yet"
     nearest = min(differences, key=len)
-    if len(nearest) > max(4, len(wanted) // 2):
-        return "not built yet"
-    shown = ", ".join(nearest[:3])
-    return shown + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "")
+    code = [name.removeprefix("code ") for name in nearest if name.startswith("code ")]
+    rest = [_told(name, *change) for name, change in nearest.items() if not name.startswith("code ")]
+    if code:
+        rest.append(f"code of {code[0]}" + (f" and {len(code) - 1} more modules" if len(code) > 1 else "") + " changed")
+    return ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+
+
+def _told(name: str, old: Any, new: Any) -> str:
     def brief(value: Any) -> str:
         text = "none" if value is None else str(value)
         return text if len(text) <= 24 else text[:21] + "..."
 
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    return [
-        f"{k} changed" if k.startswith(("code ", "input ")) else f"{k} {brief(old.get(k))} -> {brief(new.get(k))}"
-        for k in changed
-    ]
+    return f"{name} changed" if name.startswith("input ") else f"{name} {brief(old)} -> {brief(new)}"
 
 
 def _flat(inputs: Inputs) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A night in MLflow: one parent run, a child per phase that really ran. A night in which nothing ran leaves no trace."""
+"""A night in MLflow: a parent run, a child per phase that really ran. Where nothing ran, nothing is logged."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

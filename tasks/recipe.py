@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from data.chunks import ChunkConfig
+from data.chunk_config import ChunkConfig
 from data.errors import BadInput
 from data.registry import did_you_mean
-from data.sim.env import SimConfig
+from data.sim.config import SimConfig
 from models.config import FitConfig, PolicyConfig
 
 

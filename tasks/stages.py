@@ -44,13 +44,13 @@ STAGES: dict[str, Stage] = {
         about="rollouts of one batch of seeds as a finalized LeRobot v3 dataset",
     ),
     "frames": Stage(
-        body="tasks.dataset:decode_frames",
+        body="tasks.frames:decode_frames",
         upstream=("collect",),
         libraries=("av",),
         about="the batch's videos as a memory-mapped uint8 frame store",
     ),
     "chunks": Stage(
-        body="tasks.dataset:build_chunk_table",
+        body="tasks.chunks:build_chunk_table",
         upstream=("collect",),
         libraries=("polars",),
         about="sub-goal events and chunk transitions of the batch",
@@ -75,11 +75,15 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
-# What carries work about, but has no say in what comes out of it.
+# What carries work about, but has no say in what comes out of it: neither it nor what it imports is in a key.
 INFRASTRUCTURE = frozenset(
-    {"data.store", "data.refs", "data.paths", "data.errors", "data.registry", "tasks.stages", "tasks.code",
-     "tasks.explain", "tasks.progress", "tasks.recipe", "tasks.tracking", "tasks.spool", "tasks.versioning"}
-)  # fmt: skip
+    {
+        *("data.store", "data.refs", "data.paths", "data.errors"),
+        *("data.registry", "data.sim.registry", "models.registry"),  # what is chosen by name is in `parts`
+        *("tasks.stages", "tasks.code", "tasks.explain", "tasks.progress"),
+        *("tasks.recipe", "tasks.actors", "tasks.nights"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +164,8 @@ def inputs_of(
     parts: modules chosen by name in `params` (a scene, a head). execution: how it is made, which changes no byte of it.
     """
     row = STAGES[stage]
-    code = code_digests((row.body.split(":")[0], *parts), row.libraries)
-    relevant = {module: digest for module, digest in code.items() if module not in INFRASTRUCTURE}
-    return Inputs(stage=stage, params=params, parents=tuple(upstream), code=relevant, execution=execution)
+    code = code_digests((row.body.split(":")[0], *parts), row.libraries, without=INFRASTRUCTURE)
+    return Inputs(stage=stage, params=params, parents=tuple(upstream), code=code, execution=execution)
 
 
 def ensure(

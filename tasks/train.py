@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from data.refs import Ref
 from data.store import Build
 from models.config import FitConfig, PolicyConfig
-from models.registry import BACKBONES, HEADS
+from models.registry import BACKBONES, HEADS, PHASES
+from tasks.chunks import TABLE
 from tasks.dataset import read_set
 from tasks.nights import phase_run
 from tasks.progress import progress
@@ -17,6 +18,7 @@ from tasks.stages import Work, ensure
 if TYPE_CHECKING:
     from data.loader import ChunkSource
 
+PHASE = "bc"  # behaviour cloning
 LOG_EVERY = 20  # optimizer steps between two points of a curve
 
 
@@ -28,13 +30,13 @@ def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: li
         {"policy": whole["policy"], "fit": whole["fit"], "horizon": recipe.chunks.horizon},
         [dataset, *frames, *chunks],
         label=f"{recipe.policy.backbone} + {recipe.policy.head}",
-        parts=policy_parts(recipe.policy),
+        parts=_parts(recipe.policy),
     )
 
 
-def policy_parts(policy: PolicyConfig) -> tuple[str, ...]:
+def _parts(policy: PolicyConfig) -> tuple[str, ...]:
     """The modules that a policy's names stand for. Raises `BadInput` with a did-you-mean."""
-    return BACKBONES.module(policy.backbone), HEADS.module(policy.head)
+    return BACKBONES.module(policy.backbone), HEADS.module(policy.head), PHASES.module(PHASE)
 
 
 def train_policy(build: Build, work: Work) -> None:
@@ -62,6 +64,7 @@ def train_policy(build: Build, work: Work) -> None:
             lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step),
             config,
             build.work,
+            phase_name=PHASE,
             on_metrics=on_metrics,
             provenance={"dataset": dataset.digest},
         )
@@ -75,7 +78,7 @@ def _source(work: Work) -> "ChunkSource":
     frames, chunks = work.upstream("frames"), work.upstream("chunks")
     return ChunkSource.open(
         [f.dir for f in frames],
-        [c.dir / "chunks.parquet" for c in chunks],
+        [c.dir / TABLE for c in chunks],
         episodes=[m.train for m in members],
     )
 

@@ -21,7 +21,7 @@ import numpy as np
 from data.episode import Episode
 from data.errors import BadInput
 from data.schema import IMAGE, STATE
-from data.sim.env import SimConfig
+from data.sim.config import SimConfig
 from data.sim.execution import EveryNth, TemporalEnsemble, execution
 from data.sim.policies import EXPERT, OraclePolicy, Policy, RandomPolicy
 from data.sim.vector import Backend, Lane, Reply, WorkerDied, open_lanes, ready, resolve_backend
@@ -227,7 +227,7 @@ class _Run:
 
     def _ask(self, trials: list[_Trial]) -> np.ndarray:
         """Chunks [n, H, A] from the policy. Raises `BadInput` for an answer that is no action."""
-        observation = {name: np.stack([t.observation[name] for t in trials]) for name in trials[0].observation}
+        observation = {name: _stack([t.observation[name] for t in trials]) for name in trials[0].observation}
         steps = [len(t.rows) for t in trials]
         chunks = self.policy.act(observation, [t.at_reset["task"] for t in trials], [t.seed for t in trials], steps)
         dims = self.lanes[0].vector.single_action_space.shape[0]
@@ -240,3 +240,8 @@ class _Run:
                 f"policy {self.policy.digest} gave a NaN or infinite action in {where}; its training diverged"
             )
         return chunks
+
+
+def _stack(values: list[np.ndarray]) -> np.ndarray:
+    """`np.stack`, without a copy when there is only one."""
+    return values[0][None] if len(values) == 1 else np.stack(values)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from data.sim.env import SimConfig
+from data.sim.config import SimConfig
 from flows.recipes.demo import demo
 from models.config import FitConfig
 from tasks.recipe import Collect, Evaluate, Recipe
