@@ -53,11 +53,11 @@ def run_stage(name: str, recipe: str) -> None:
 def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
     """The stage's artefacts. What lies upstream is intact already, or is made first."""
     from flows.recipes import load
+    from tasks.chunks import chunk_tables
     from tasks.collect import collect_batches
-        from tasks.chunks import chunk_tables
     from tasks.dataset import aggregate_batches
-    from tasks.frames import frame_stores
     from tasks.evaluate import evaluate_checkpoint
+    from tasks.frames import frame_stores
     from tasks.nights import begin
     from tasks.train import train_checkpoint
 
