@@ -114,8 +114,8 @@ def _connect(where: str) -> MlflowClient:
 def _ensure_database(file: Path) -> None:
     """Create the tables complete or not at all.
 
-    MLflow makes them in dozens of migrations: of processes that do so at once most fail, and a kill in the middle leaves
-    a file that no later start can complete.
+    MLflow makes them in dozens of migrations: of processes that do so at once most fail, and a kill half-way leaves a
+    file that no later start can complete.
     """
     with lock("schema"):
         if file.exists():

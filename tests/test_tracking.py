@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -346,8 +347,9 @@ class Server:
         os.kill(self.pid, signal.SIGKILL)
 
     def close(self):
+        self.zygote.kill()
+        self.zygote.wait()
         self.zygote.stdin.close()
-        self.zygote.wait(10)
         self.zygote.stdout.close()
         self.log.close()
 
