@@ -21,7 +21,7 @@ class PolicyConfig:
     jitter: float = 0.0  # random brightness and contrast of training pictures, as a share; 0 = none
     pad_state: int = 0  # state width inside the network (32 for pi0 weights); 0 = the schema's own
     pad_action: int = 0  # action width inside the network; 0 = the schema's own
-    precision: Precision = "auto"  # arithmetic of acting; a CPU always acts in fp32
+    precision: Precision = "auto"  # arithmetic of acting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,8 +148,8 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.trained, self.config.grad_clip)
         values = {"loss": loss.detach(), "grad_norm": norm, **info}
         # one transfer for all numbers, and before the weights are touched
-        numbers = self.accelerator.reduce(torch.stack([v.float() for v in values.values()]), "mean").tolist()
-        metrics = dict(zip(values, numbers, strict=True))
+        numbers: Any = self.accelerator.reduce(torch.stack([v.float() for v in values.values()]), "mean")
+        metrics = dict(zip(values, numbers.tolist(), strict=True))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise Diverged(_diverged(step, metrics, batch, per_sample))
         self.optimizer.step()

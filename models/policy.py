@@ -67,6 +67,9 @@ class PolicySpec:
 class Policy(nn.Module):
     """Any backbone with any head that fits it."""
 
+    backbone: Any  # an nn.Module that is a models.types.Backbone
+    head: Any  # an nn.Module that is a models.types.Head
+
     def __init__(
         self, spec: PolicySpec, backbone: nn.Module, head: nn.Module, *, state: Normalizer, action: Normalizer
     ) -> None:

@@ -9,7 +9,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -103,6 +103,7 @@ class Context:
     token_is_pad: Bool[Tensor, "b n"] | None = None  # None = every token counts
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """An `nn.Module` that reads observations.
 
@@ -116,11 +117,14 @@ class Backbone(Protocol):
 
     def __call__(self, observation: Observation) -> Context:
         """`observation` as `Policy.prepare` makes it."""
+        ...
 
     def load_pretrained(self) -> None:
         """Fill in published weights, if its options name some. Called once, on a new policy."""
+        ...
 
 
+@runtime_checkable
 class Head(Protocol):
     """An `nn.Module` that turns a Context into chunks of normalised actions.
 
@@ -135,9 +139,11 @@ class Head(Protocol):
         self, context: Context, action: Float[Tensor, "b h a"], mask: Bool[Tensor, "b h a"], generator: torch.Generator
     ) -> tuple[Float[Tensor, " b"], Info]:
         """Loss per sample, a mean over the entries where `mask` is true; the others are zero and count nowhere."""
+        ...
 
     def sample(self, context: Context, noise: Float[Tensor, "b ..."]) -> Float[Tensor, "b h a"]:
         """Action chunks, a function of the context and the noise alone."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +155,29 @@ class ParameterGroup:
     lr_scale: float = 1.0  # of the schedule's learning rate
 
 
-class Phase(Protocol):
-    """An `nn.Module` that `fit` trains. Calling it gives a batch's loss per sample, and numbers for people.
+class Phase(nn.Module):
+    """What `fit` trains. Calling it gives a batch's loss per sample, and numbers for people.
 
     Everything it carries from step to step is in `policy` and `parts()`, and nowhere else: what is not named is not
     saved, so `fit` refuses a phase that holds parameters or buffers outside of them.
     """
 
-    policy: nn.Module  # what is published when the phase ends
+    policy: Any  # an nn.Module, registered in POLICIES: what is published when the phase ends
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Float[Tensor, " b"], Info]: ...
+    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Float[Tensor, " b"], Info]:
+        raise NotImplementedError
 
     def parts(self) -> dict[str, nn.Module]:
         """The other modules it carries, by name: critics, target networks, running statistics as buffers."""
+        return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What the optimizer trains. Parameters with `requires_grad=False` are frozen and in no group."""
+        """What the optimizer trains: all that is not frozen, with weight decay on matrices and kernels only."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return [
+            ParameterGroup(parameters={n: p for n, p in trained.items() if p.ndim >= 2}, decay=True),
+            ParameterGroup(parameters={n: p for n, p in trained.items() if p.ndim < 2}, decay=False),
+        ]
 
     def after_step(self, step: int) -> None:
-        """What follows an optimizer step, such as moving target networks. `step` counts from 0."""
+        """What follows optimizer step `step`, counted from 0, such as moving target networks. By default, nothing."""

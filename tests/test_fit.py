@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch import nn
 from data.errors import BadInput
 from models import checkpoint, registry
 from models.checkpoint import latest, load_policy
+from models.ema import Ema
 from models.fit import Diverged, fit, learning_rate
 from models.freeze import frozen_digest, train_mode
 from models.phases.bc import BehaviourCloning
@@ -87,12 +89,16 @@ fit(tiny_policy.build(test_fit.POLICIES["act"]), tiny_policy.batches, tiny_polic
 """
 
 
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+
 def test_killed_and_resumed_equals_undisturbed(tmp_path):
     """Contract 11 and P3: a real SIGKILL between two checkpoints, then the same losses and the same bytes."""
     killed_at, log = 13, tmp_path / "losses.jsonl"
     killed = subprocess.run(
         [sys.executable, "-c", _SCRIPT, tmp_path / "killed", str(killed_at), log],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        env=_environment(),
         capture_output=True,
         text=True,
     )
@@ -105,6 +111,37 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path):
     assert before == losses[:killed_at] and after == losses[10:]
     assert hashes(resumed) == hashes(whole)
     assert len(set(losses)) == len(losses)
+
+
+_ONE_OF_TWO = """
+import sys, tiny_policy, test_fit
+from dataclasses import replace
+from models.fit import fit
+policy = tiny_policy.build(replace(tiny_policy.config("act"), shift=0))
+fit(policy, tiny_policy.batches, replace(tiny_policy.FIT, steps=3), sys.argv[1])
+"""
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """DistributedDataParallel, as `accelerate launch` starts it: each takes its rows of the same global batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = _environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ONE_OF_TWO, tmp_path / "two"],
+            env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+        )
+        for rank in range(2)
+    ]
+    one, _ = run(tmp_path / "one", build(replace(config("act"), shift=0)), replace(FIT, steps=3))
+    assert [process.wait() for process in both] == [0, 0]
+    two = load_file(latest(tmp_path / "two/checkpoints") / "weights.safetensors")
+    header = json.loads((latest(tmp_path / "two/checkpoints") / "training/state.json").read_text())
+    assert header["fingerprint"]["processes"] == 2
+    for name, weight in load_file(one / "weights.safetensors").items():
+        assert torch.allclose(weight, two[name], atol=1e-5), name
 
 
 class Interrupted(Exception):
@@ -230,7 +267,7 @@ def test_other_threads_are_said(half, tmp_path, caplog):
 def test_a_finished_run_is_not_trained_again(tmp_path):
     short = replace(FIT, steps=2)
     out, losses = run(tmp_path, fit_config=short)
-    again, none = run(tmp_path, fit_config=short, make_batches=None)
+    again, none = run(tmp_path, fit_config=short, make_batches=lambda start: iter(()))
     assert (again, none, len(losses)) == (out, [], 2)
     assert sorted(p.name for p in out.parent.iterdir()) == ["latest", "step-00000002"]
 
@@ -281,8 +318,7 @@ def test_infinite_gradient_stops(tmp_path):
 @pytest.mark.parametrize("where", ["weights", "ema"])
 def test_nan_in_what_would_be_saved_is_not_saved(where, tmp_path, monkeypatch):
     """One that no loss has shown yet."""
-    update = "models.ema.Ema.update"
-    original = fit.__globals__["Ema"].update
+    original = Ema.update
 
     def poison(self, step):
         original(self, step)
@@ -290,7 +326,7 @@ def test_nan_in_what_would_be_saved_is_not_saved(where, tmp_path, monkeypatch):
             tensors = self.average if where == "ema" else self.trained
             tensors["head.queries"].data[0, 0] = float("nan")
 
-    monkeypatch.setattr(update, poison)
+    monkeypatch.setattr(Ema, "update", poison)
     with pytest.raises(Diverged, match=r"step 10: NaN or infinity in (ema|policy): head.queries"):
         run(tmp_path)
     assert latest(tmp_path / "checkpoints").name == "step-00000005"

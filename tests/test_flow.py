@@ -5,6 +5,7 @@ import torch
 from tiny_policy import build, generator, with_head_options
 
 from models.flow import CONVENTIONS, euler
+from models.types import Context
 
 POINT = torch.tensor([[[0.3, -1.2], [0.0, 2.5]]], dtype=torch.float64)
 
@@ -31,10 +32,10 @@ def test_the_head_with_the_exact_field_returns_the_point(name, steps, monkeypatc
     head = build(with_head_options("flow", convention=name, steps=steps)).head
     point = torch.randn(1, *head.noise_shape, generator=generator("point"))
     field = exact_field(head.convention, point)
-    monkeypatch.setattr(head, "condition", lambda context: None)
+    monkeypatch.setattr(head, "condition", lambda context: torch.zeros(5, 1))
     monkeypatch.setattr(head, "velocity", lambda x, t, condition: field(x, t))
     noise = torch.randn(5, *head.noise_shape, generator=generator("noise"))
-    assert (head.sample(None, noise) - point).abs().max() < 1e-5  # float32
+    assert (head.sample(Context(), noise) - point).abs().max() < 1e-5  # float32
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)

@@ -155,6 +155,9 @@ def _resnet18(config: ResNetConfig) -> nn.Module:
 class _ImageNetScale(nn.Module):
     """[0, 1] to the scale torchvision's weights were trained on."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)

@@ -23,7 +23,7 @@ class ActConfig:
     dim: int = 128  # width of the transformer
     heads: int = 4  # attention heads
     feedforward: int = 256  # width between a layer's two linear maps
-    encoder_layers: int = 1  # over the context's tokens
+    encoder_layers: int = 1  # over the context's tokens; 0 = the queries read them as they are
     decoder_layers: int = 2  # over the queries
     dropout: float = 0.0  # share (0.1 in the paper); drawing the masks costs a CPU a tenth of the step
     use_vae: bool = False  # latent style; for demonstrations by people, a scripted expert has one style
@@ -50,7 +50,8 @@ class ActHead(nn.Module):
             "batch_first": True,
         }
         self.context = nn.Linear(context_width, config.dim)
-        self.encoder = _encoder(layer, config.encoder_layers)
+        if config.encoder_layers:
+            self.encoder = _encoder(layer, config.encoder_layers)
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), config.decoder_layers)
         self.queries = nn.Parameter(torch.randn(horizon, config.dim) * 0.02)
         self.action = nn.Linear(config.dim, action_width)
@@ -79,13 +80,15 @@ class ActHead(nn.Module):
         if style is not None:
             tokens = torch.cat([self.of_style(style)[:, None], tokens], dim=1)
             is_pad = None if is_pad is None else nn.functional.pad(is_pad, (1, 0), value=False)
-        memory = self.encoder(tokens, src_key_padding_mask=is_pad)
+        memory = self.encoder(tokens, src_key_padding_mask=is_pad) if self.config.encoder_layers else tokens
         queries = self.queries.expand(len(tokens), -1, -1)
         return self.action(self.decoder(queries, memory, memory_key_padding_mask=is_pad))
 
 
 class _Style(nn.Module):
     """Reads [CLS, actions] and answers with the mean and log variance of the latent."""
+
+    places: Tensor
 
     def __init__(self, config: ActConfig, layer: dict, *, horizon: int, action_width: int) -> None:
         super().__init__()

@@ -55,7 +55,8 @@ class FlowHead(nn.Module):
     ) -> tuple[Float[Tensor, " b"], Info]:
         """Squared error of the velocity, a mean over valid entries and draws."""
         draws, b = self.config.draws, len(action)
-        noise = torch.randn((draws, *action.shape), generator=generator, device=action.device)
+        action = action.expand(draws, *action.shape)
+        noise = torch.randn(action.shape, generator=generator, device=action.device)
         t = self.convention.sample_time((draws, b), generator, self.config.time)
         x_t = self.convention.interpolate(noise, action, t)
         target = self.convention.velocity(noise, action)
@@ -92,9 +93,10 @@ class _Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(2))
         self.over_steps = _mlp(horizon, config.expansion * horizon)
         self.over_features = _mlp(dim, config.expansion * dim)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        nn.init.zeros_(self.modulation[1].weight)  # every block begins as the identity
-        nn.init.zeros_(self.modulation[1].bias)
+        modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(modulation.weight)  # every block begins as the identity
+        nn.init.zeros_(modulation.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(self, x: Float[Tensor, "b h d"], condition: Float[Tensor, "b d"]) -> Float[Tensor, "b h d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
