@@ -409,6 +409,21 @@ def test_a_phase_that_hides_state_is_refused(phases, tmp_path):
         run(tmp_path, phase_name="forgetful")
 
 
+def test_average_of_weights():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    slow, last = Ema(module, 0.9), Ema(module, 0.0)
+    expected = 0.0
+    for step in range(200):
+        module.weight.data.fill_(step)
+        slow.update(step)
+        last.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert slow.state_dict()["weight"].item() == pytest.approx(expected, rel=1e-5)
+    assert last.state_dict()["weight"].item() == 199 and module.weight.item() == 199
+
+
 def test_learning_rate():
     schedule = [learning_rate(replace(FIT, steps=100, warmup_steps=10, lr=1.0), s) for s in range(101)]
     assert schedule[0] == 0.1 and schedule[9] == 1.0 and schedule[10] == 1.0

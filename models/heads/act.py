@@ -24,7 +24,7 @@ class ActConfig:
     heads: int = 4  # attention heads
     feedforward: int = 256  # width between a layer's two linear maps
     encoder_layers: int = 1  # over the context's tokens; 0 = the queries read them as they are
-    decoder_layers: int = 2  # over the queries
+    decoder_layers: int = 1  # over the queries
     dropout: float = 0.0  # share (0.1 in the paper); drawing the masks costs a CPU a tenth of the step
     use_vae: bool = False  # latent style; for demonstrations by people, a scripted expert has one style
     latent: int = 32  # width of the style
