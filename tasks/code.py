@@ -32,8 +32,13 @@ def code_digests(
 
 @cache
 def _source(module: str) -> Path | None:
-    spec = find_spec(module)
-    return Path(spec.origin) if spec and spec.origin else None
+    """The file of a module of ours, or None. Looked up on disk: asking the import system would import its parents."""
+    top, *rest = module.split(".")
+    spec = find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]).joinpath(*rest)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 @cache
@@ -65,15 +70,9 @@ def _imports(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module)
             # `from data.sim import env` names a module, `from data.store import Store` does not
-            found |= {f"{node.module}.{a.name}" for a in node.names if _is_module(f"{node.module}.{a.name}")}
-    return frozenset(name for name in found if name.split(".")[0] in OURS)
+            found |= {f"{node.module}.{a.name}" for a in node.names if _is_ours(f"{node.module}.{a.name}")}
+    return frozenset(name for name in found if _is_ours(name))
 
 
-@cache
-def _is_module(name: str) -> bool:
-    if name.split(".")[0] not in OURS:
-        return False
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # the parent is a module, not a package: an attribute was named
-        return False
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0] in OURS and _source(name) is not None

@@ -81,7 +81,7 @@ INFRASTRUCTURE = frozenset(
         *("data.store", "data.refs", "data.paths", "data.errors"),
         *("data.registry", "data.sim.registry", "models.registry"),  # what is chosen by name is in `parts`
         *("tasks.stages", "tasks.code", "tasks.explain", "tasks.progress"),
-        *("tasks.recipe", "tasks.actors", "tasks.nights"),
+        *("tasks.recipe", "tasks.actors", "tasks.nights", "tasks.tracking", "tasks.versioning"),
     }
 )
 

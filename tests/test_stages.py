@@ -94,7 +94,7 @@ def test_code_digest_follows_imports_and_ignores_comments(tmp_path, monkeypatch)
     monkeypatch.setattr(code, "OURS", ("toypkg",))
 
     def digests() -> dict[str, str]:
-        for cached in (code._source, code._tree, code._digest, code._imports, code._is_module):
+        for cached in (code._source, code._tree, code._digest, code._imports):
             cached.cache_clear()
         return code_digests(("toypkg.a",), ("numpy",))
 
