@@ -4,9 +4,14 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from data.errors import BadInput
+from data.registry import did_you_mean
+from data.sim.registry import SCENES
 from flows.recipes import load
+from models.registry import BACKBONES, HEADS
+from tasks.actors import who_acts
 from tasks.progress import console
-from tasks.stages import Outcome, Session, session
+from tasks.stages import STAGES, Outcome, Session, session
 
 if TYPE_CHECKING:
     from flows.cli import Arguments
@@ -18,7 +23,7 @@ MODULES = {"nightly": "flows.nightly", "collect": "flows.collect", "dataset": "f
 def run(flow: str, asked: "Arguments") -> dict[str, Any]:
     """Run `flow` in this process against the local Prefect server. Returns its summary."""
     started = time.monotonic()
-    load(asked.recipe, asked.overrides)  # refuse bad input before anything is started
+    refuse_unknown(asked)
     console.print(f"flywheel {flow} {asked.recipe}", style="bold")
     import_module("flows.services").ensure_server()
     flow_function = getattr(import_module(MODULES[flow]), flow)
@@ -34,8 +39,22 @@ def run(flow: str, asked: "Arguments") -> dict[str, Any]:
     return summary
 
 
+def refuse_unknown(asked: "Arguments") -> None:
+    """Refuse what is wrong with the request before anything is started."""
+    recipe = load(asked.recipe, asked.overrides)
+    for stage in asked.force:
+        if stage not in STAGES:
+            raise BadInput(f"--force {stage}: unknown stage{did_you_mean(stage, STAGES)}")
+    for scene in recipe.scenes:
+        SCENES.module(scene)
+    BACKBONES.module(recipe.policy.backbone)
+    HEADS.module(recipe.policy.head)
+    who_acts(recipe, night=1)
+
+
 def explain(flow: str, asked: "Arguments") -> None:
     """Say of every unit of work whether it is intact or why it is stale. Runs nothing."""
+    refuse_unknown(asked)
     module = import_module(MODULES[flow])
     current = Session(force=frozenset(asked.force), dry=True)
     with session(current):

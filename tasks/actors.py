@@ -16,14 +16,25 @@ from tasks.recipe import Recipe
 
 
 def who_acts(recipe: Recipe, night: int) -> tuple[list[Ref], dict[str, Any]]:
-    """`(upstream, policy)`: the checkpoint that acts, if it is one, and the stage's parameters for it."""
+    """`(upstream, policy)`: the checkpoint that acts, if it is one, and the stage's parameters for it.
+
+    `champion` is the registry's champion; the oracle acts as long as there is none.
+    """
     who = recipe.collect.policy
+    if who == "champion":
+        key = _pinned_champion(recipe, night)
+        if key is not None:
+            return [_found(key, f"the champion of night {night}")], _as_checkpoint(recipe)
+        who = "oracle"
     if who == "oracle":
         return [], {"kind": "oracle", "noise": recipe.collect.noise}
     if who == "random":
         return [], {"kind": "random"}
-    ref = _pinned_champion(recipe, night) if who == "champion" else _checkpoint(who)
-    return [ref], {"kind": "checkpoint", "replan": recipe.evaluate.replan}
+    return [_checkpoint(who)], _as_checkpoint(recipe)
+
+
+def _as_checkpoint(recipe: Recipe) -> dict[str, Any]:
+    return {"kind": "checkpoint", "replan": recipe.evaluate.replan}
 
 
 def code_of(checkpoints: list[Ref]) -> tuple[str, ...]:
@@ -44,30 +55,27 @@ def _checkpoint(folder: str) -> Ref:
     except (OSError, ValueError, KeyError):
         hint = did_you_mean(folder, ["oracle", "random", "champion"])
         raise BadInput(f"collect.policy {folder!r} is no checkpoint artefact of this store{hint}") from None
-    ref, why = Store().find(stage, key)
-    if ref is None or stage != "train":
-        raise BadInput(
-            f"collect.policy {folder!r}: {why if ref is None else 'made by stage ' + stage}; name a train artefact"
-        )
-    return ref
+    if stage != "train":
+        raise BadInput(f"collect.policy {folder!r} was made by stage {stage}; name an artefact of train")
+    return _found(key, f"collect.policy {folder!r}")
 
 
-def _pinned_champion(recipe: Recipe, night: int) -> Ref:
+def _pinned_champion(recipe: Recipe, night: int) -> str | None:
+    """The key of the checkpoint that was champion when this night was first asked for; None if there was none."""
     pin = Store().root / "nights" / recipe.name / f"{night:04d}.json"
     if not pin.exists():
         from tasks.tracking_registry import champion
 
         version = champion(recipe.model)
-        if version is None:
-            raise BadInput(f"model {recipe.model!r} has no champion yet; collect night 1 with --collect.policy oracle")
         pin.parent.mkdir(parents=True, exist_ok=True)
         part = pin.with_suffix(".part")
-        part.write_text(json.dumps({"key": version.tags["checkpoint"]}))
+        part.write_text(json.dumps({"champion": version.tags["checkpoint"] if version else None}))
         part.rename(pin)
-    key = json.loads(pin.read_text())["key"]
+    return json.loads(pin.read_text())["champion"]
+
+
+def _found(key: str, whose: str) -> Ref:
     ref, why = Store().find("train", key)
     if ref is None:
-        raise BadInput(
-            f"{pin}: the champion that night {night} was pinned to is gone ({why}); delete this file to pin anew"
-        )
+        raise BadInput(f"{whose} is gone from the store ({key[:16]}: {why}); collect with another --collect.policy")
     return ref

@@ -115,6 +115,8 @@ def override(recipe: Recipe, overrides: dict[str, str]) -> Recipe:
         return rebuild(Recipe, nested)
     except ValidationError as fault:
         error = fault.errors()[0]
+        if isinstance(refused := error.get("ctx", {}).get("error"), BadInput):
+            raise refused from None  # a configuration's own words
         where = ".".join(str(part) for part in error["loc"])
         raise BadInput(f"option --{where}: {error['msg']} (got {error['input']!r})") from None
 

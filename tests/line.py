@@ -50,7 +50,7 @@ FORKSERVER.set_forkserver_preload(
 def in_child(
     root: Path, *, overrides: list[str] | None = None, kill_after: float | None = None
 ) -> list[Outcome] | None:
-    """Run the line in a process of its own. With `kill_after`, SIGKILL it so many seconds into the first unit that runs.
+    """Run the line in a process of its own. `kill_after`: SIGKILL it so many seconds into the first unit that runs.
 
     Returns the outcomes, or None if it was killed.
     """
