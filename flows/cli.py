@@ -42,6 +42,7 @@ class Arguments:
     explain: bool = False
     json: bool = False
     resume: bool = True
+    another_night: bool = False
     help: bool = False
 
 
@@ -86,7 +87,7 @@ def _flow(command: str, asked: Arguments) -> int:
 
 
 def parse(rest: Sequence[str]) -> Arguments:
-    """`[RECIPE] [--fit.lr 1e-4 | --fit.lr=1e-4] [--force STAGE] [--explain] [--json] [--no-resume] [--help]`."""
+    """`[RECIPE] [--fit.lr 1e-4 | --fit.lr=1e-4] [--force STAGE]`, and the flags of `flows.help.COMMON`."""
     asked = Arguments()
     queue = list(rest)
     if queue and not queue[0].startswith("-"):
@@ -95,8 +96,8 @@ def parse(rest: Sequence[str]) -> Arguments:
         word = queue.pop(0)
         if word in ("-h", "--help"):
             asked.help = True
-        elif word in ("--explain", "--json"):
-            setattr(asked, word[2:], True)
+        elif word in ("--explain", "--json", "--another-night"):
+            setattr(asked, word[2:].replace("-", "_"), True)
         elif word in ("--resume", "--no-resume"):
             asked.resume = word == "--resume"
         elif word.startswith("--"):

@@ -20,6 +20,7 @@ COMMON = {
     "--explain": "say which stages are stale and why, run nothing",
     "--force STAGE": f"do this stage anyway ({', '.join(STAGES)}); may be repeated",
     "--no-resume": "start a killed training over instead of going on from its last checkpoint",
+    "--another-night": "nightly only: collect one night more than were completed, as the schedule does",
     "--json": "the summary as one JSON object on the last line",
 }
 

@@ -10,16 +10,20 @@ from tasks.collect import collect_batches
 from tasks.dataset import aggregate_batches
 from tasks.evaluate import evaluate_checkpoint
 from tasks.frames import frame_stores
-from tasks.nights import begin
+from tasks.nights import begin, complete, next_night
 from tasks.promote import promote_checkpoint
 from tasks.summary import summarize
 from tasks.train import train_checkpoint
 
 
 @flow(name="nightly", description=__doc__)
-def nightly(recipe: str = "demo", overrides: list[str] | None = None) -> dict[str, Any]:
-    """Collect, build, train, evaluate, register; what is intact is not done again."""
+def nightly(recipe: str = "demo", overrides: list[str] | None = None, another_night: bool = False) -> dict[str, Any]:
+    """Collect, build, train, evaluate, register; what is intact is not done again.
+
+    another_night: collect one night more than were completed, as the schedule does.
+    """
     night = load(recipe, overrides)
+    night = next_night(night) if another_night else night
     with begin(night):
         batches = collect_batches(night)
         frames = frame_stores(night, batches)
@@ -28,4 +32,5 @@ def nightly(recipe: str = "demo", overrides: list[str] | None = None) -> dict[st
         checkpoint = train_checkpoint(night, dataset, frames, chunks)
         score = evaluate_checkpoint(night, checkpoint, dataset)
         version = promote_checkpoint(night, checkpoint, dataset, score)
+        complete(night)
         return summarize(night, dataset=dataset, checkpoint=checkpoint, score=score, version=version)

@@ -32,7 +32,7 @@ def run(flow: str, asked: "Arguments") -> dict[str, Any]:
         force=frozenset(asked.force), resume=asked.resume, on_start=reporter.start, on_outcome=reporter.outcome
     )
     with session(current):
-        summary = flow_function(recipe=asked.recipe, overrides=asked.overrides)
+        summary = flow_function(**_parameters(flow, asked))
     reporter.close()
     summary |= {"seconds": round(time.monotonic() - started, 1)}
     import_module("flows.report").show(summary)
@@ -58,12 +58,19 @@ def explain(flow: str, asked: "Arguments") -> None:
     module = import_module(MODULES[flow])
     current = Session(force=frozenset(asked.force), dry=True)
     with session(current):
-        getattr(module, flow).fn(recipe=asked.recipe, overrides=asked.overrides)
+        getattr(module, flow).fn(**_parameters(flow, asked))
     for outcome in current.outcomes:
         mark = "intact" if outcome.cached else "stale "
         print(f"{mark}  {outcome.stage:<9} {outcome.label:<28} {'' if outcome.cached else outcome.why}".rstrip())
     stale = sum(not o.cached for o in current.outcomes)
     print(f"{stale} of {len(current.outcomes)} to do" if stale else "nothing to do")
+
+
+def _parameters(flow: str, asked: "Arguments") -> dict[str, Any]:
+    parameters: dict[str, Any] = {"recipe": asked.recipe, "overrides": asked.overrides}
+    if asked.another_night and flow != "nightly":
+        raise BadInput(f"--another-night belongs to nightly; with {flow} write --collect.nights N")
+    return parameters | ({"another_night": True} if asked.another_night else {})
 
 
 class _Reporter:

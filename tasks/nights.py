@@ -1,14 +1,49 @@
-"""A night in MLflow: a parent run, a child per phase that really ran. Where nothing ran, nothing is logged."""
+"""A night: which one it is, and how MLflow shows it.
 
+In MLflow a night is a parent run with a child per phase that really ran. Where nothing ran, nothing is logged.
+"""
+
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from data.refs import Ref
+from data.store import Store
 from tasks import tracking
 from tasks.recipe import Recipe
 from tasks.stages import Session, Work, current_session, session
 from tasks.tracking import RunHandle
 from tasks.versioning import dvc_digest
+
+
+def next_night(recipe: Recipe) -> Recipe:
+    """`recipe` with one night more than were completed. A night that was killed is not complete, and goes on."""
+    nights = completed_nights(recipe.name) + 1
+    return replace(recipe, collect=replace(recipe.collect, nights=nights))
+
+
+def completed_nights(recipe: str) -> int:
+    """How many nights of the recipe of this name went through to the registry."""
+    try:
+        return json.loads(_record(recipe).read_text())["completed"]
+    except FileNotFoundError:
+        return 0
+
+
+def complete(recipe: Recipe) -> None:
+    """Note that the recipe's nights are through."""
+    if recipe.collect.nights > completed_nights(recipe.name):
+        record = _record(recipe.name)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        part = record.with_suffix(".part")
+        part.write_text(json.dumps({"completed": recipe.collect.nights}))
+        part.rename(record)
+
+
+def _record(recipe: str) -> Path:
+    return Store().root / "nights" / recipe / "nights.json"
 
 
 @contextmanager
