@@ -21,7 +21,7 @@ from data.episode import Episode
 from data.errors import BadInput
 from data.protocol import EvalProtocol
 from data.schema import IMAGE, STATE
-from data.sim.env import SimConfig
+from data.sim.config import SimConfig
 from data.sim.execution import execution
 from data.sim.rollout import OraclePolicy, Policy, rollout
 from data.sim.vector import Backend
@@ -229,7 +229,7 @@ def action_error(
                 seen = {IMAGE + name: frames[step : step + 1] for name, frames in episode.images.items()}
                 seen[STATE] = episode.state[step : step + 1]
                 strategy.add(policy.act(seen, [episode.task], [episode.seed], [step])[0])
-            errors.append(np.abs(strategy.next().astype(np.float64) - action))
+            errors.append(np.abs(strategy.next()[0].astype(np.float64) - action))
     if not errors:
         raise EvaluationError("no held-out episodes to measure the action error on; collect some with other seeds")
     return np.mean(errors, axis=0)
@@ -266,7 +266,7 @@ def self_test(
     _refuse_other_config(config, protocol)
     run = {"num_envs": num_envs, "backend": backend, "on_step": on_step}
     first: dict[int, _Recording] = {}
-    for episode in rollout(replace(config, expert=True), OraclePolicy(), seeds, **run):
+    for episode in rollout(replace(config, expert=True), OraclePolicy(), seeds, replan=1, **run):
         first[episode.seed] = _Recording.of(episode)
     wins = sum(recording.succeeded for recording in first.values())
     if not first or wins / len(first) < expert_rate:

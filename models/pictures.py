@@ -103,10 +103,9 @@ def _plot_rates(axes: Axes, score: "Score") -> None:
     places = range(len(names))[::-1]  # reading order: the first sub-goal on top
     axes.barh(places, rates, color=[NEUTRAL] * len(score.subgoals) + [_rgb(SUCCESS)], height=0.6)
     axes.errorbar(score.success_rate, 0, xerr=[[score.success_rate - low], [high - score.success_rate]], **WHISKER)
-    for place, rate in zip(places, rates, strict=True):
-        axes.text(0.01, place + 0.34, f"{rate:.0%}", va="bottom", fontsize=8)
-    axes.set(yticks=list(places), yticklabels=names, xlim=(0, 1), title="ever reached (bar: 95 % interval)")
-    axes.set_xlabel("share of episodes")
+    labels = [f"{name}  {rate:.0%}" for name, rate in zip(names, rates, strict=True)]
+    axes.set(yticks=list(places), yticklabels=labels, xlim=(0, 1))
+    axes.set(xlabel="share of episodes", title="ever reached (whisker: 95 % interval)")
 
 
 def _plot_lengths(axes: Axes, score: "Score") -> None:
@@ -114,10 +113,10 @@ def _plot_lengths(axes: Axes, score: "Score") -> None:
         [length for length, won in zip(score.lengths, score.succeeded, strict=True) if won is wanted]
         for wanted in (True, False)
     ]
-    bins = np.histogram_bin_edges(score.lengths, bins=min(20, max(5, score.episodes // 3)))
+    bins = np.linspace(0, max(score.lengths), 21)
     labels = [f"success ({len(groups[0])})", f"failure ({len(groups[1])})"]
     axes.hist(groups, bins=bins, stacked=True, color=[_rgb(SUCCESS), _rgb(FAILURE)], label=labels)
-    axes.set(xlabel="episode length (steps)", ylabel="episodes", title="how long it took")
+    axes.set(xlabel="episode length (steps)", ylabel="episodes", title="how long episodes were")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
 

@@ -14,8 +14,9 @@ from scipy.stats import binomtest
 from data.episode import Episode
 from data.errors import BadInput
 from data.protocol import EvalProtocol
+from data.sim.config import SimConfig
 from data.sim.driver import device_summary
-from data.sim.env import FlywheelEnv, SimConfig
+from data.sim.env import FlywheelEnv
 from data.sim.policies import RandomPolicy
 from models.evaluation import (
     EvaluationError,

@@ -7,7 +7,7 @@ import pytest
 
 from data.errors import BadInput
 from data.protocol import EvalProtocol
-from data.sim.env import SimConfig
+from data.sim.config import SimConfig
 from data.sim.randomization import Randomization
 
 CONFIG = SimConfig(scene="pick_cube", image_size=(64, 96))

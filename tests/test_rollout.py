@@ -12,8 +12,9 @@ import pytest
 from data.episode import Episode
 from data.errors import BadInput
 from data.sim import rollout as rollout_module
+from data.sim.config import SimConfig
 from data.sim.driver import device_summary
-from data.sim.env import FlywheelEnv, SimConfig
+from data.sim.env import FlywheelEnv
 from data.sim.execution import execution
 from data.sim.policies import OraclePolicy, RandomPolicy
 from data.sim.rollout import AHEAD, WorkerDied, rollout
@@ -135,6 +136,7 @@ def test_few_episodes_are_held() -> None:
     assert first.seed == 0
     assert len(begun) <= 2 * AHEAD
     assert steps <= 2 * AHEAD * 5
+    assert steps % 5 == 0  # told in bursts, each an episode here
     episodes.close()
 
 
@@ -145,10 +147,25 @@ def test_chunks_are_executed_until_the_next_question(replan: int | None, asked: 
     np.testing.assert_allclose(episode.action[:, 1] * 100, np.arange(5) - asked, atol=1e-4)
 
 
+def test_a_chunk_is_handed_out_in_bursts() -> None:
+    strategy = execution(replan=5)
+    strategy.add(np.arange(8)[:, None])
+    assert [strategy.next(3).ravel().tolist(), strategy.next(3).ravel().tolist()] == [[0, 1, 2], [3, 4]]
+    assert strategy.wants_chunk
+
+
+def test_bursts_and_single_steps_make_the_same_episode() -> None:
+    """40 steps of a random policy; in a worker 10 are sent at once, then 3, then 1."""
+    kept = [next(rollout(CONFIG, RandomPolicy(), [7], num_envs=1))]
+    for replan in (None, 3, 1):
+        assert_all_same(rollout(CONFIG, RandomPolicy(), [7], backend="async", replan=replan), kept)
+    assert len(kept[0]) == CONFIG.max_steps
+
+
 def test_temporal_ensemble_weighs_the_oldest_most() -> None:
     strategy = execution(temporal_ensemble=0.01)
     strategy.add(np.zeros((2, 1), np.float32))
-    assert strategy.next() == 0
+    assert strategy.next(5) == [[0]]  # one step at a time, however many are asked for
     strategy.add(np.ones((2, 1), np.float32))
     assert strategy.next() == pytest.approx(0.4975, abs=5e-5)  # e^-.01 / (1 + e^-.01)
     strategy.add(np.full((2, 1), 5, np.float32))
@@ -160,7 +177,7 @@ def test_temporal_ensemble_of_agreeing_chunks_is_what_they_say() -> None:
     strategy = execution(temporal_ensemble=0.01)
     for t in range(20):
         strategy.add(plan[t : t + 10])
-        np.testing.assert_array_equal(strategy.next(), plan[t])
+        np.testing.assert_array_equal(strategy.next(), plan[t : t + 1])
 
 
 def test_actions_are_recorded_as_executed() -> None:
@@ -191,7 +208,8 @@ def test_oracle_noise_spares_the_gripper_and_is_in_the_digest() -> None:
 def test_random_actions_follow_seed_and_step_and_fill_the_space() -> None:
     policy = RandomPolicy()
     many = policy.act({}, [""] * 500, list(range(500)), [3] * 500)
-    assert many.shape == (500, 1, 8)
+    assert many.shape == (500, 10, 8)
+    np.testing.assert_array_equal(RandomPolicy(horizon=1).act({}, [""], [41], [7])[0, 0], many[41, 4])
     assert many.min() < -0.98
     assert many.max() > 0.98
     np.testing.assert_array_equal(many[41], policy.act({}, [""], [41], [3])[0])

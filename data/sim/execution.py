@@ -33,9 +33,9 @@ class EveryNth:
         """`chunk` [H, A] was predicted from the observation of the coming step."""
         self._left.extend(chunk[: self.every])
 
-    def next(self) -> np.ndarray:
-        """The action [A] of this step."""
-        return self._left.popleft()
+    def next(self, most: int = 1) -> np.ndarray:
+        """The actions [k, A] of the coming k steps, at most `most`."""
+        return np.stack([self._left.popleft() for _ in range(min(most, len(self._left)))])
 
 
 @dataclass(kw_only=True)
@@ -53,10 +53,12 @@ class TemporalEnsemble:
     def add(self, chunk: np.ndarray) -> None:
         self._chunks.append(chunk)
 
-    def next(self) -> np.ndarray:
+    def next(self, most: int = 1) -> np.ndarray:
+        """The action of this step, [1, A]."""
         here = np.stack([chunk[0] for chunk in self._chunks]).astype(np.float64)
         self._chunks = deque(chunk[1:] for chunk in self._chunks if len(chunk) > 1)
-        return np.average(here, axis=0, weights=np.exp(-self.m * np.arange(len(here)))).astype(np.float32)
+        weights = np.exp(-self.m * np.arange(len(here)))
+        return np.average(here, axis=0, weights=weights)[None].astype(np.float32)
 
 
 def execution(*, replan: int | None = None, temporal_ensemble: float | None = None) -> EveryNth | TemporalEnsemble:

@@ -35,12 +35,16 @@ class Policy(Protocol):
 
 
 class RandomPolicy:
-    """Uniform in [-1, 1]: what nobody should lose to."""
+    """Uniform in [-1, 1]: what nobody should lose to.
+
+    What it does at a step follows from the seed and the step, whatever the length of its chunks.
+    """
 
     digest = "random"
 
-    def __init__(self, action_dims: int = 8) -> None:
+    def __init__(self, action_dims: int = 8, horizon: int = 10) -> None:
         self.action_dims = action_dims
+        self.horizon = horizon
 
     def reset(self, lane: int, seed: int) -> None:
         pass
@@ -48,8 +52,10 @@ class RandomPolicy:
     def act(
         self, observation: dict[str, np.ndarray], tasks: list[str], seeds: list[int], steps: list[int]
     ) -> np.ndarray:
-        draws = [_rng(_RANDOM, *key).uniform(-1, 1, self.action_dims) for key in zip(seeds, steps, strict=True)]
-        return np.array(draws, np.float32)[:, None]
+        def chunk(seed: int, step: int) -> list[np.ndarray]:
+            return [_rng(_RANDOM, seed, step + k).uniform(-1, 1, self.action_dims) for k in range(self.horizon)]
+
+        return np.array([chunk(seed, step) for seed, step in zip(seeds, steps, strict=True)], np.float32)
 
 
 class OraclePolicy:

@@ -12,7 +12,7 @@ else was asked, timing, dead workers.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import batched
 
@@ -23,13 +23,15 @@ from data.errors import BadInput
 from data.schema import IMAGE, STATE
 from data.sim.config import SimConfig
 from data.sim.execution import EveryNth, TemporalEnsemble, execution
+from data.sim.lanes import Lane, Reply, open_lanes, ready
 from data.sim.policies import EXPERT, OraclePolicy, Policy, RandomPolicy
-from data.sim.vector import Backend, Lane, Reply, WorkerDied, open_lanes, ready, resolve_backend
+from data.sim.vector import Backend, WorkerDied, resolve_backend
 
 __all__ = ["OraclePolicy", "Policy", "RandomPolicy", "WorkerDied", "rollout"]
 
 DEATHS_ALLOWED = 3  # of workers, over one and the same episode
 STALL_S = 300.0  # seconds; a worker silent for so long hangs (a first frame on a slow CPU takes up to 15 s)
+BURST = 10  # actions sent to a lane in one message at most; a message costs what 0.1 to 0.2 steps cost
 AHEAD = 4  # episodes per lane that may be done or begun before an earlier seed's is
 
 
@@ -47,7 +49,8 @@ def rollout(
 ) -> Iterator[Episode]:
     """Yield one `Episode` per seed, in the order of `seeds`.
 
-    replan: how many actions of a chunk are executed before the policy is asked again; None is the whole chunk.
+    replan: how many actions of a chunk are executed before the policy is asked again; None is the whole chunk. Say 1
+        for a policy of single steps: rooms for more in shared memory cost a little.
     temporal_ensemble: ask at each step instead and average overlapping chunks with this m (`data.sim.execution`).
     together: how many lanes at most are put in one question. 1 keeps an episode a function of its seed to the last bit,
         because a network's kernels, and so its rounding, depend on the batch; more is for a GPU and many lanes.
@@ -71,6 +74,7 @@ def rollout(
         lanes_wanted=min(num_envs, len(seeds)),
         backend=resolve_backend(backend, num_envs),
         strategy=strategy,
+        burst=1 if temporal_ensemble is not None else min(replan or BURST, BURST),
         together=together,
         on_step=on_step or (lambda steps: None),
     )
@@ -86,26 +90,29 @@ class _Trial:
     execution: EveryNth | TemporalEnsemble
     at_reset: dict = field(default_factory=dict)  # the environment's info before the first action
     observation: dict[str, np.ndarray] = field(default_factory=dict)  # seen before the coming action
-    action: np.ndarray | None = None  # under way
+    actions: np.ndarray | None = None  # under way, [k, a]
     rows: list[tuple[dict[str, np.ndarray], np.ndarray, Reply]] = field(default_factory=list)  # o_t, a_t, what came
+    over: bool = False
 
-    def hear(self, reply: Reply) -> None:
-        """Take in the reply to `reset`, or to the action under way."""
-        if self.action is None:
-            self.at_reset = reply.info
-        else:
-            outcome = replace(reply, observation={})  # o_{t+1} is kept by its own row
-            self.rows.append((self.observation, self.action, outcome))
-        # What a policy sees. A history of frames, their alignment and the padding at reset belong here.
+    def hear(self, replies: list[Reply]) -> int:
+        """Take in the reply to `reset`, or those to the actions under way; the number of steps done."""
+        if self.actions is None:
+            self.at_reset = replies[0].info
+            self._see(replies[0])
+            return 0
+        for action, reply in zip(self.actions, replies, strict=False):  # fewer replies: the episode ended
+            self.rows.append((self.observation, action, reply))
+            self._see(reply)
+        self.over = replies[-1].over
+        return len(replies)
+
+    def _see(self, reply: Reply) -> None:
+        """What a policy is shown. A history of frames, their alignment and the padding at reset belong here."""
         expert = {EXPERT: reply.info[EXPERT]} if EXPERT in reply.info else {}
         self.observation = {**reply.observation, **expert}
 
-    @property
-    def over(self) -> bool:
-        return bool(self.rows) and (self.rows[-1][2].terminated or self.rows[-1][2].truncated)
-
     def episode(self, scene: str, policy_digest: str) -> Episode:
-        observations, actions, replies = zip(*self.rows, strict=True)
+        observations, actions, replies = zip(*self.rows, strict=True)  # a reply's observation is the next row's
         cameras = [name for name in observations[0] if name.startswith(IMAGE)]
 
         def flags(values: Iterable[bool]) -> np.ndarray:
@@ -141,6 +148,7 @@ class _Run:
     lanes_wanted: int
     backend: Backend
     strategy: Callable[[], EveryNth | TemporalEnsemble]
+    burst: int  # actions per message to a lane, at most
     together: int
     on_step: Callable[[int], None]
     lanes: list[Lane] = field(default_factory=list)
@@ -170,7 +178,7 @@ class _Run:
     def _begin_what_may(self, waiting: deque[tuple[int, int]], given: int) -> None:
         """Give free lanes the next seeds, unless too many episodes wait for an earlier one already."""
         if not self.lanes and waiting:
-            self.lanes = open_lanes(self.config, self.lanes_wanted, self.backend)
+            self.lanes = open_lanes(self.config, self.lanes_wanted, self.backend, self.burst)
         for lane in range(len(self.lanes)):
             if lane not in self.trials and waiting and waiting[0][0] < given + AHEAD * len(self.lanes):
                 self._begin(lane, *waiting.popleft())
@@ -190,12 +198,13 @@ class _Run:
         heard = []
         for lane in (busy[lane] for lane in replied):
             try:
-                self.trials[lane].hear(self.lanes[lane].take())
-                heard.append(lane)
+                replies = self.lanes[lane].take()
             except WorkerDied as death:
                 self._redo(lane, death)
-        if steps := sum(bool(self.trials[lane].rows) for lane in heard):  # the others' reply was to `reset`
-            self.on_step(steps)
+                continue
+            if steps := self.trials[lane].hear(replies):
+                self.on_step(steps)
+            heard.append(lane)
         return heard
 
     def _redo(self, lane: int, death: WorkerDied) -> None:
@@ -207,11 +216,11 @@ class _Run:
                 "the signal: for -9 look at memory, for -11 at the graphics driver"
             )
         self.lanes[lane].close()
-        self.lanes[lane] = open_lanes(self.config, 1, "async")[0]
+        self.lanes[lane] = open_lanes(self.config, 1, "async", self.burst)[0]
         self._begin(lane, trial.index, trial.seed)
 
     def _act(self, lanes: list[int]) -> None:
-        """Send each lane its next action: first those that have one, so that they move while the policy thinks."""
+        """Send each lane its next actions: first those that have some, so that they move while the policy thinks."""
         asking = [lane for lane in lanes if self.trials[lane].execution.wants_chunk]
         for lane in set(lanes) - set(asking):
             self._send(lane)
@@ -222,15 +231,15 @@ class _Run:
 
     def _send(self, lane: int) -> None:
         trial = self.trials[lane]
-        trial.action = np.clip(trial.execution.next(), -1, 1).astype(np.float32)  # as executed is as recorded
-        self.lanes[lane].step(trial.action)
+        trial.actions = np.clip(trial.execution.next(self.burst), -1, 1, dtype=np.float32)  # recorded as executed
+        self.lanes[lane].step(trial.actions)
 
     def _ask(self, trials: list[_Trial]) -> np.ndarray:
         """Chunks [n, H, A] from the policy. Raises `BadInput` for an answer that is no action."""
         observation = {name: _stack([t.observation[name] for t in trials]) for name in trials[0].observation}
         steps = [len(t.rows) for t in trials]
         chunks = self.policy.act(observation, [t.at_reset["task"] for t in trials], [t.seed for t in trials], steps)
-        dims = self.lanes[0].vector.single_action_space.shape[0]
+        dims = len(self.config.schema().action)
         if chunks.ndim != 3 or chunks.shape[::2] != (len(trials), dims) or not chunks.shape[1]:
             raise BadInput(f"policy {self.policy.digest} answered {chunks.shape}, not (n={len(trials)}, H, A={dims})")
         if not np.isfinite(chunks).all():

@@ -1,0 +1,181 @@
+"""Lanes: environments that need not wait for each other, and that are told several actions at once.
+
+```
+ a vector environment   all lanes step together    |--- step ---|--- step ---|   the slowest sets the pace
+ lanes                  each at its own pace       |- 8 steps -|- reset -|- 8 steps -|- 2 -|
+                                                   |-- 8 steps --|-- 8 steps --|- 2 -|- reset -|
+```
+A lane is a vector environment of one, so a worker that dies takes one episode with it and is replaced alone. One
+message per burst and not per step, because handing over a step costs as much as a tenth of simulating it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector.utils import batch_space, create_empty_array
+from jaxtyping import Float32
+
+from data.sim.config import SimConfig
+from data.sim.env import FlywheelEnv
+from data.sim.vector import Backend, WorkerDied, resolve_backend, start_workers, worker_environment
+
+
+class Reply(NamedTuple):
+    """What an environment says to a step; to `reset`, with reward 0 and not over."""
+
+    observation: dict[str, np.ndarray]
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+    @property
+    def over(self) -> bool:
+        return self.terminated or self.truncated
+
+
+class Lane(ABC):
+    """One environment: `reset` it or let it `step`, do something else, `take` the replies when it is `ready`."""
+
+    @abstractmethod
+    def reset(self, seed: int) -> None: ...
+
+    @abstractmethod
+    def step(self, actions: Float32[np.ndarray, "k a"]) -> None:
+        """Execute up to `burst` actions, one after the other; none after the end of the episode."""
+
+    @abstractmethod
+    def take(self) -> list[Reply]:
+        """The reply to `reset`, or one for each action executed. Raises `WorkerDied`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the environment now, whatever it is doing."""
+
+
+def open_lanes(config: SimConfig, count: int, backend: Backend = "auto", burst: int = 1) -> list[Lane]:
+    """`count` lanes whose `step` takes up to `burst` actions; the workers start side by side."""
+    if resolve_backend(backend, count) == "sync":
+        return [LocalLane(FlywheelEnv(config)) for _ in range(count)]
+    with worker_environment(), ThreadPoolExecutor(count) as pool:
+        starting = [pool.submit(start_workers, partial(_Burst, config, burst), 1, copy=False) for _ in range(count)]
+        return [WorkerLane(started.result()) for started in starting]
+
+
+def ready(lanes: Sequence[Lane], timeout: float) -> list[Lane]:
+    """Those of the busy `lanes` that have replied or died, waiting until there is one, at most `timeout` seconds."""
+    local = [lane for lane in lanes if isinstance(lane, LocalLane)]
+    pipes = {lane.pipe: lane for lane in lanes if isinstance(lane, WorkerLane)}
+    return local or [pipes[pipe] for pipe in wait(list(pipes), timeout)]
+
+
+class LocalLane(Lane):
+    """In this process: the work is done when the command is given."""
+
+    def __init__(self, env: gym.Env) -> None:
+        self.env = env
+
+    def reset(self, seed: int) -> None:
+        observation, info = self.env.reset(seed=seed)
+        self._replies = [Reply(observation, 0.0, False, False, info)]
+
+    def step(self, actions: Float32[np.ndarray, "k a"]) -> None:
+        self._replies = _execute(self.env, actions)
+
+    def take(self) -> list[Reply]:
+        return self._replies
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class WorkerLane(Lane):
+    """In a process of its own: the command goes down a pipe, the reply comes up it."""
+
+    def __init__(self, vector: AsyncVectorEnv) -> None:
+        self.vector = vector
+        self.process = vector.processes[0]
+        self.pipe = vector.parent_pipes[0]
+        self._told = np.full(vector.action_space.shape, np.nan, np.float32)  # [1, burst, a]
+
+    def reset(self, seed: int) -> None:
+        self._send(self.vector.reset_async, self.vector.reset_wait, seed=[seed])
+
+    def step(self, actions: Float32[np.ndarray, "k a"]) -> None:
+        self._told[0, : len(actions)], self._told[0, len(actions) :] = actions, np.nan
+        self._send(self.vector.step_async, self.vector.step_wait, self._told)
+
+    def take(self) -> list[Reply]:
+        try:
+            shared, *_, info = self._answer()
+        except (EOFError, ConnectionError):
+            self._died()
+        replies = info["replies"][0]
+        seen = {name: rows[0, : len(replies)].copy() for name, rows in shared.items()}
+        return [r._replace(observation={name: rows[i] for name, rows in seen.items()}) for i, r in enumerate(replies)]
+
+    def kill(self) -> None:
+        """End the worker; `take` will say that it died."""
+        self.process.kill()
+        self.process.join()
+
+    def close(self) -> None:
+        self.kill()
+        self.pipe.close()
+        self.vector.closed = True  # gymnasium's own close would wait for an answer
+
+    def _send(self, command: Callable, answer: Callable, *args: Any, **kwargs: Any) -> None:
+        self._answer = answer
+        try:
+            command(*args, **kwargs)
+        except ConnectionError:
+            self._answer = self._died  # said by `take`, so that a death is handled in one place
+
+    def _died(self) -> NoReturn:
+        self.kill()
+        raise WorkerDied(f"a simulator process ended with code {self.process.exitcode}")
+
+
+class _Burst(gym.Env):
+    """What a worker runs: `burst` rows of everything, so that all pictures of a burst fit into the shared memory."""
+
+    def __init__(self, config: SimConfig, burst: int) -> None:
+        self.env = FlywheelEnv(config)
+        self.observation_space = batch_space(self.env.observation_space, burst)
+        self.action_space = batch_space(self.env.action_space, burst)
+        self._rows = create_empty_array(self.env.observation_space, burst)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._answer([Reply(observation, 0.0, False, False, info)])
+
+    def step(self, action: Float32[np.ndarray, "burst a"]) -> tuple[dict, float, bool, bool, dict[str, Any]]:
+        """Rows of NaN are no actions."""
+        replies = _execute(self.env, action[~np.isnan(action).all(axis=1)])
+        rows, info = self._answer(replies)
+        return rows, 0.0, replies[-1].terminated, replies[-1].truncated, info
+
+    def close(self) -> None:
+        self.env.close()
+
+    def _answer(self, replies: list[Reply]) -> tuple[dict, dict[str, Any]]:
+        for i, reply in enumerate(replies):
+            for name, value in reply.observation.items():
+                self._rows[name][i] = value
+        return self._rows, {"replies": [reply._replace(observation={}) for reply in replies]}
+
+
+def _execute(env: gym.Env, actions: Float32[np.ndarray, "k a"]) -> list[Reply]:
+    replies = []
+    for action in actions:
+        replies.append(Reply(*env.step(action)))
+        if replies[-1].over:
+            break
+    return replies
