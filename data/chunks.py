@@ -3,20 +3,20 @@
 ```
  t             0   1   2   3          H = 3, an episode of L = 4 steps that succeeds at t = 3
  event         0   1   0   1
-                                      h  n_pad  next  reward (indicator, count, discounted)  discount
- chunk at 0    a0  a1  a2             3    0     3      1   1   γ                             γ³
- chunk at 1        a1  a2  a3         3    0     3*     1   2   1 + γ²                        0   the task ended inside
- chunk at 2            a2  a3  --     2    1     3*     1   1   γ                             0
- chunk at 3                a3  --  -- 1    2     3*     1   1   1                             0
+                                      h  n_pad  next   reward: indicator  count  discounted   discount
+ chunk at 0    a0  a1  a2             3    0     3                 1        1      γ             γ³
+ chunk at 1        a1  a2  a3         3    0     3†                1        2      1 + γ²        0   ended inside
+ chunk at 2            a2  a3  --     2    1     3†                1        1      γ             0
+ chunk at 3                a3  --  -- 1    2     3†                1        1      1             0
 
  h = min(H, L-t)   reward = Σ_{k<h} γ^k event[t+k]   discount = γ^h · (1 - terminal)
  target of a critic = reward + discount · V(o_next)
 ```
-\\* o_L, seen after the last action, is never recorded. A chunk that reaches t+h = L therefore points `next` at the last
+† o_L, seen after the last action, is never recorded. A chunk that reaches t+h = L therefore points `next` at the last
 picture there is, o_{L-1}. After a termination the discount is 0 and nothing is read from it. After a truncation the
 bootstrap is one step early: the value of o_{L-1} stands in for that of o_L.
 
-The table holds row numbers, never actions: a batch gathers them (`data.loader`), so 10 million chunks cost 350 MB and
+The table holds row numbers, never actions: a batch gathers them (`data.loader`), so 10 million chunks cost 400 MB and
 not 3 GB. Rows are numbered as in the dataset's steps, from 0; `action_is_pad[k]` is `k >= h`.
 Source: Sutton, Precup & Singh 1999 (semi-Markov options). Terminating without (1 - terminal) is a common slip.
 """
@@ -105,10 +105,10 @@ def read_chunks(path: Path) -> ChunkTable:
     """What `write_chunks` wrote. Raises `BadInput` on a damaged file or one of another kind."""
     try:
         meta = json.loads(pl.read_parquet_metadata(path)[METADATA])
-        rows = pl.read_parquet(path)
-    except (OSError, KeyError, ValueError, pl.exceptions.PolarsError) as fault:
+        meta = ChunkMeta(**{**meta, "config": ChunkConfig(**meta["config"])})
+        return ChunkTable(rows=pl.read_parquet(path), meta=meta)
+    except (OSError, KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as fault:
         raise BadInput(f"{path}: no chunk table ({type(fault).__name__}); build it again") from fault
-    return ChunkTable(rows=rows, meta=ChunkMeta(**{**meta, "config": ChunkConfig(**meta["config"])}))
 
 
 def refuse_disorder(steps: pl.LazyFrame) -> None:
@@ -123,13 +123,12 @@ def refuse_disorder(steps: pl.LazyFrame) -> None:
     ended = pl.col(TERMINATED) | pl.col(TRUNCATED)
     faults = steps.select(
         disorder=episode.filter(~in_order).first(),
-        first=frame.first(),
         early_end=episode.filter(ended.shift(1) & same).first(),
     ).collect(engine="streaming")
-    disorder, first, early_end = faults.row(0)
-    if disorder is not None or first not in (0, None):
+    disorder, early_end = faults.row(0)
+    if disorder is not None:
         raise BadInput(
-            f"frame_index: duplicated or out of order in episode {disorder or 0}; sort the steps, or record it again"
+            f"frame_index: duplicated or out of order in episode {disorder}; sort the steps, or record again"
         )
     if early_end is not None:
         raise BadInput(f"terminated/truncated: episode {early_end} goes on after its end; split it or record it again")
