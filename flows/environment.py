@@ -22,14 +22,14 @@ def defaults() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # a missing local file is an error here, never a download
         # State stays in the project.
         "PREFECT_HOME": str(state_dir() / "prefect"),
-        "DVC_SITE_CACHE_DIR": str(
-            state_dir() / "dvc"
-        ),  # the default, /var/tmp/dvc, is shared by all users of a machine
+        "DVC_SITE_CACHE_DIR": str(state_dir() / "dvc"),  # the default, /var/tmp/dvc, is shared by all of a machine
+        # Threads that wait for each other by spinning make training six times slower as soon as anything else runs.
+        "GOMP_SPINCOUNT": "1000",
         # Prefect: seconds for a server to start on a busy machine; between heartbeats of a flow run (its own default is
         # 180, which the 90 s limit of `flows.services` would take for death).
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # the console only: its page keeps everything
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # its page keeps everything; faults are told once, by us
         # MLflow: its defaults block a caller for 247 s when the server is gone.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds

@@ -28,9 +28,7 @@ def run(flow: str, asked: "Arguments") -> dict[str, Any]:
     import_module("flows.services").ensure_server()
     flow_function = getattr(import_module(MODULES[flow]), flow)
     reporter = _Reporter()
-    current = Session(
-        force=frozenset(asked.force), resume=asked.resume, on_start=reporter.start, on_outcome=reporter.outcome
-    )
+    current = Session(force=frozenset(asked.force), resume=asked.resume, on_outcome=reporter.outcome)
     with session(current):
         summary = flow_function(**_parameters(flow, asked))
     reporter.close()
@@ -74,26 +72,20 @@ def _parameters(flow: str, asked: "Arguments") -> dict[str, Any]:
 
 
 class _Reporter:
-    """One line per unit that runs; units that were cached are counted, one line per stage."""
+    """A line per unit that ran, with the reason; units that were cached are counted, a line per stage."""
 
     def __init__(self) -> None:
         self.stage, self.cached = "", 0
 
-    def start(self, stage: str, label: str, why: str) -> None:
-        self._turn_to(stage)
-        console.print(f"  {stage:<9} {label}: {why}", markup=False)
-
     def outcome(self, outcome: Outcome) -> None:
-        self._turn_to(outcome.stage)
+        if outcome.stage != self.stage:
+            self.close()
+            self.stage = outcome.stage
         if outcome.cached:
             self.cached += 1
         else:
-            console.print(f"  {outcome.stage:<9} {outcome.label}: done in {outcome.seconds:.1f} s", markup=False)
-
-    def _turn_to(self, stage: str) -> None:
-        if stage != self.stage:
-            self.close()
-            self.stage = stage
+            text = f"{outcome.label:<28} {outcome.seconds:6.1f} s   {outcome.why}"
+            console.print(f"  {outcome.stage:<9} {text}", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.cached:

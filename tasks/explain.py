@@ -5,12 +5,19 @@ from typing import Any
 from data.store import Inputs, Store
 
 
-def why_stale(inputs: Inputs, store: Store, fault: str) -> str:
-    """One line, e.g. `train.fit.lr 0.0003 -> 0.001`; `fault` is what the store says of the entry itself."""
+def why_stale(inputs: Inputs, store: Store, fault: str, *, per_batch: bool) -> str:
+    """One line, e.g. `fit.lr 0.0003 -> 0.001`.
+
+    fault: what the store says of the entry itself. per_batch: the stage has an artefact per batch of episodes, and only
+    one of the same batch can be its precedent.
+    """
     if fault.startswith("damaged"):
         return fault
     wanted = _flat(inputs)
-    differences = [_differences(_flat_manifest(m), wanted) for m in store.manifests(inputs.stage)]
+    flat = [_flat_manifest(m) for m in store.manifests(inputs.stage)]
+    if per_batch:
+        flat = [m for m in flat if _batch(m) == _batch(wanted)]
+    differences = [_differences(m, wanted) for m in flat]
     if not differences:
         return "not built yet"
     nearest = min(differences, key=len)
@@ -19,6 +26,11 @@ def why_stale(inputs: Inputs, store: Store, fault: str) -> str:
     if code:
         rest.append(f"code of {code[0]}" + (f" and {len(code) - 1} more modules" if len(code) > 1 else "") + " changed")
     return ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
+
+
+def _batch(flat: dict[str, Any]) -> dict[str, Any]:
+    """What tells one batch from another: its seeds, or the batch it was made from."""
+    return {name: value for name, value in flat.items() if name == "seeds" or name.startswith("input ")}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -34,6 +34,7 @@ class Stage:
     upstream: tuple[str, ...]  # stages whose artefacts it reads
     libraries: tuple[str, ...]  # whose versions may change the answer
     about: str  # one line for people
+    per_batch: bool = False  # one artefact per batch of episodes, not one per recipe
 
 
 STAGES: dict[str, Stage] = {
@@ -42,18 +43,21 @@ STAGES: dict[str, Stage] = {
         upstream=("train",),
         libraries=("sapien", "lerobot", "av"),
         about="rollouts of one batch of seeds as a finalized LeRobot v3 dataset",
+        per_batch=True,
     ),
     "frames": Stage(
         body="tasks.frames:decode_frames",
         upstream=("collect",),
         libraries=("av",),
         about="the batch's videos as a memory-mapped uint8 frame store",
+        per_batch=True,
     ),
     "chunks": Stage(
         body="tasks.chunks:build_chunk_table",
         upstream=("collect",),
         libraries=("polars",),
         about="sub-goal events and chunk transitions of the batch",
+        per_batch=True,
     ),
     "dataset": Stage(
         body="tasks.dataset:aggregate_members",
@@ -200,12 +204,22 @@ def perform(inputs: Inputs, label: str, current: Session) -> Outcome:
     started = time.monotonic()
     forced = inputs.stage in current.force
     ref, fault = store.find(inputs.stage, inputs.key)
-    why = "forced" if forced else "intact" if ref else why_stale(inputs, store, fault)
+    why = (
+        "forced"
+        if forced
+        else "intact"
+        if ref
+        else why_stale(inputs, store, fault, per_batch=STAGES[inputs.stage].per_batch)
+    )
     if ref is None or forced:
         current.on_start(inputs.stage, label, why)
     work = Work(inputs=inputs, label=label, session=current)
     ref, cached = store.ensure(inputs, lambda build: _body(inputs)(build, work), force=forced, resume=current.resume)
     return Outcome(stage=inputs.stage, label=label, ref=ref, cached=cached, why=why, seconds=time.monotonic() - started)
+
+
+def _why(inputs: Inputs, store: Store, fault: str) -> str:
+    return why_stale(inputs, store, fault, per_batch=STAGES[inputs.stage].per_batch)
 
 
 def _foresee(inputs: Inputs, label: str, current: Session) -> Outcome:
@@ -217,7 +231,7 @@ def _foresee(inputs: Inputs, label: str, current: Session) -> Outcome:
     elif inputs.stage in current.force:
         why = "forced"
     else:
-        why = "intact" if ref else why_stale(inputs, store, fault)
+        why = "intact" if ref else _why(inputs, store, fault)
     # No digest: what is stale has none yet, and whoever stands on it learns from that.
     stale = Ref(stage=inputs.stage, key=inputs.key, digest="", path="")
     return Outcome(

@@ -53,11 +53,14 @@ def train_policy(build: Build, work: Work) -> None:
         phase_run(work, datasets=[dataset]) as run,
         progress(work.label, config.steps, "steps") as advance,
     ):
+        shown = 0
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
+            nonlocal shown
             if step % LOG_EVERY == 0 or step == config.steps:
                 run.log(step, metrics)
-            advance(1, note=f"loss {metrics['loss']:.4f}")
+            advance(step - shown, note=f"loss {metrics['loss']:.4f}")  # the first may follow a checkpoint
+            shown = step
 
         final = fit(
             Policy.build(spec, whole.stats, seed=config.seed),
