@@ -84,7 +84,9 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     center = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    # at 0 and n successes an end of the interval is the rate itself, which rounding must not miss
+    low = 0.0 if successes == 0 else (center - half) / scale
+    return low, 1.0 if successes == n else (center + half) / scale
 
 
 def score(episodes: Iterable[Episode], protocol: EvalProtocol) -> Score:

@@ -204,13 +204,7 @@ def perform(inputs: Inputs, label: str, current: Session) -> Outcome:
     started = time.monotonic()
     forced = inputs.stage in current.force
     ref, fault = store.find(inputs.stage, inputs.key)
-    why = (
-        "forced"
-        if forced
-        else "intact"
-        if ref
-        else why_stale(inputs, store, fault, per_batch=STAGES[inputs.stage].per_batch)
-    )
+    why = "forced" if forced else "intact" if ref else _why(inputs, store, fault)
     if ref is None or forced:
         current.on_start(inputs.stage, label, why)
     work = Work(inputs=inputs, label=label, session=current)
