@@ -11,7 +11,7 @@ SHOWN = {  # key of the summary -> what people call it
     "score": "score",
     "video": "video",
     "plot": "plot",
-    "run": "MLflow run",
+    "run": "run",
 }
 
 
@@ -26,12 +26,16 @@ def show(summary: dict[str, Any]) -> None:
             style="bold",
         )
         console.print("  " + ", ".join(f"{name} {rate:.0%}" for name, rate in summary["subgoals"].items()))
+    if "collected_successes" in summary:
+        count, succeeded = summary["collected_episodes"], summary["collected_successes"]
+        console.print(f"collected {count} episodes, {succeeded} of them successes", style="bold")
     if "model_version" in summary:
         aliases = ", ".join(f"@{alias}" for alias in summary["aliases"]) or "no alias"
         console.print(f"model {summary['model']} version {summary['model_version']} ({aliases}): {summary['decision']}")
     for key, name in SHOWN.items():
         if value := summary.get(key):
             text = f"{len(value)} batches, the first {value[0]}" if isinstance(value, list) else value
+            text = f"MLflow's page {text}" if key == "run" else text
             console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
     console.print(
         f"{summary['tasks_run']} tasks run, {summary['tasks_cached']} cached, {summary['seconds']:.1f} s.  "

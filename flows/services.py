@@ -61,14 +61,16 @@ def up(prefect_yaml: Path = PREFECT_YAML) -> list[str]:
 
 
 def down() -> list[str]:
-    """End what was started: the worker with the runs it has begun, then the servers."""
+    """End what was started: the worker with the runs it has begun, then the servers. Lines that say what was ended."""
+    ended = []
     for name in reversed(SERVICES):
         if service := processes.recorded(name):
+            ended += [f"{SERVICES[name]:<16} ended"] if service.alive else []
             with console.status(f"ending {name}"):
                 processes.stop(service)
             if os.environ.get("PREFECT_API_URL") == service.url:
                 del os.environ["PREFECT_API_URL"]
-    return _lines()
+    return ended or ["nothing was running"]
 
 
 def status() -> dict[str, str]:

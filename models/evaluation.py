@@ -229,7 +229,7 @@ def action_error(
         for step, action in enumerate(episode.action):
             if strategy.wants_chunk:
                 seen = {IMAGE + name: frames[step : step + 1] for name, frames in episode.images.items()}
-                seen[STATE] = episode.state[step : step + 1]
+                seen[STATE] = episode.state[step : step + 1].copy()  # a table's memory is read-only
                 strategy.add(policy.act(seen, [episode.task], [episode.seed], [step])[0])
             errors.append(np.abs(strategy.next()[0].astype(np.float64) - action))
     if not errors:

@@ -24,7 +24,7 @@ def summarize(
         return {}
     summary: dict[str, Any] = {"recipe": recipe.name}
     if batches:
-        summary |= {"batches": [ref.path for ref in batches], "batch_digests": [ref.digest for ref in batches]}
+        summary |= _of_batches(batches)
     if dataset:
         summary |= _of_dataset(dataset)
     if checkpoint:
@@ -40,6 +40,19 @@ def summarize(
     if score:
         _show_in_prefect(summary, score)
     return summary
+
+
+def _of_batches(batches: list[Ref]) -> dict[str, Any]:
+    from data.lerobot import open_dataset
+
+    rollouts = [open_dataset(ref.dir).rollouts for ref in batches]
+    succeeded = [ok for table in rollouts if table is not None for ok in table["success"]]
+    return {
+        "batches": [ref.path for ref in batches],
+        "batch_digests": [ref.digest for ref in batches],
+        "collected_episodes": len(succeeded),
+        "collected_successes": sum(succeeded),
+    }
 
 
 def _of_dataset(dataset: Ref) -> dict[str, Any]:
