@@ -23,11 +23,12 @@ from data.store import Store
 class Member:
     """One batch of rollouts in the set."""
 
-    key: str  # of its `collect` artefact
+    stage: str  # that made it: "collect" or "adopt"
+    key: str
     digest: str
-    scenes: tuple[str, ...]  # per episode
-    seeds: tuple[int, ...]  # per episode
-    succeeded: tuple[bool, ...]  # per episode
+    scenes: tuple[str, ...]  # per episode; of an adopted dataset its digest
+    seeds: tuple[int, ...]  # per episode; of an adopted dataset the episode's number
+    succeeded: tuple[bool, ...]  # per episode; an adopted dataset's are taken for demonstrations
     steps: int  # rows
     train: tuple[int, ...]  # episodes to learn from
     held_out: tuple[int, ...]  # episodes kept to measure on; those in neither failed
@@ -107,19 +108,22 @@ def aggregate(batches: Sequence[Ref], *, held_out: float, failures: bool) -> Tra
 
 def open_member(member: Member) -> Dataset:
     """The member's dataset, verified. Raises `BadInput` if it is gone or damaged."""
-    ref, why = Store().find("collect", member.key)
+    ref, why = Store().find(member.stage, member.key)
     if ref is None or ref.digest != member.digest:
-        raise BadInput(f"rollouts {member.key[:16]} of the dataset: {why}; run `flywheel collect` to make them again")
+        raise BadInput(f"rollouts {member.key[:16]} of the dataset: {why}; `flywheel dataset` makes them again")
     return open_dataset(ref.dir)
 
 
 def _member(ref: Ref, dataset: Dataset, held_out: float, failures: bool) -> Member:
-    if dataset.rollouts is None:
-        raise BadInput(f"{ref.path}: meta/rollouts.parquet is missing, so its seeds are unknown; collect it anew")
-    scenes, seeds, succeeded = (dataset.rollouts[c].to_list() for c in ("scene", "seed", "success"))
+    if dataset.rollouts is not None:
+        scenes, seeds, succeeded = (dataset.rollouts[c].to_list() for c in ("scene", "seed", "success"))
+    else:
+        count = len(dataset.episodes)
+        scenes, seeds, succeeded = [ref.digest[:16]] * count, list(range(count)), [True] * count
     kept_out = [_draw(scene, seed) < held_out for scene, seed in zip(scenes, seeds, strict=True)]
     usable = [ok or failures for ok in succeeded]
     return Member(
+        stage=ref.stage,
         key=ref.key,
         digest=ref.digest,
         scenes=tuple(scenes),

@@ -44,6 +44,7 @@ def run_stage(name: str, recipe: str) -> None:
     out = store_dir() / "dvc" / name
     part = out.with_name(f".{name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for ref in refs:
         _lay(ref, part / ref.key[:16])
     shutil.rmtree(out, ignore_errors=True)
@@ -53,6 +54,7 @@ def run_stage(name: str, recipe: str) -> None:
 def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
     """The stage's artefacts. What lies upstream is intact already, or is made first."""
     from flows.recipes import load
+    from tasks.adopt import adopt_datasets
     from tasks.chunks import chunk_tables
     from tasks.collect import collect_batches
     from tasks.dataset import aggregate_batches
@@ -63,9 +65,10 @@ def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
 
     night = load(recipe, overrides)
     with begin(night):
-        batches = collect_batches(night)
-        if name == "collect":
-            return batches
+        rollouts, adopted = collect_batches(night), adopt_datasets(night)
+        if name in ("collect", "adopt"):
+            return rollouts if name == "collect" else adopted
+        batches = rollouts + adopted
         if name == "dataset":
             return [aggregate_batches(night, batches)]
         if name == "frames":

@@ -5,6 +5,7 @@ from typing import Any
 from prefect import flow
 
 from flows.recipes import load
+from tasks.adopt import adopt_datasets
 from tasks.chunks import chunk_tables
 from tasks.collect import collect_batches
 from tasks.dataset import aggregate_batches
@@ -25,7 +26,7 @@ def nightly(recipe: str = "demo", overrides: list[str] | None = None, another_ni
     night = load(recipe, overrides)
     night = next_night(night) if another_night else night
     with begin(night):
-        batches = collect_batches(night)
+        batches = collect_batches(night) + adopt_datasets(night)
         frames = frame_stores(night, batches)
         chunks = chunk_tables(night, batches)
         dataset = aggregate_batches(night, batches)

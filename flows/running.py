@@ -10,6 +10,7 @@ from data.sim.registry import SCENES
 from flows.recipes import load
 from models.registry import BACKBONES, HEADS
 from tasks.actors import who_acts
+from tasks.adopt import refuse_malformed
 from tasks.progress import console
 from tasks.stages import STAGES, Outcome, Session, session
 
@@ -48,6 +49,7 @@ def refuse_unknown(asked: "Arguments") -> None:
     BACKBONES.module(recipe.policy.backbone)
     HEADS.module(recipe.policy.head)
     who_acts(recipe, night=1)
+    refuse_malformed(recipe)
 
 
 def explain(flow: str, asked: "Arguments") -> None:

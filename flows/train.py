@@ -5,6 +5,7 @@ from typing import Any
 from prefect import flow
 
 from flows.recipes import load
+from tasks.adopt import adopt_datasets
 from tasks.chunks import chunk_tables
 from tasks.collect import collect_batches
 from tasks.dataset import aggregate_batches
@@ -18,7 +19,7 @@ from tasks.train import train_checkpoint
 def train(recipe: str = "demo", overrides: list[str] | None = None) -> dict[str, Any]:
     night = load(recipe, overrides)
     with begin(night):
-        batches = collect_batches(night)
+        batches = collect_batches(night) + adopt_datasets(night)
         frames = frame_stores(night, batches)
         chunks = chunk_tables(night, batches)
         dataset = aggregate_batches(night, batches)

@@ -20,7 +20,7 @@ def build_chunk_table(build: Build, work: Work) -> None:
     from data.lerobot import open_dataset
     from data.subgoals import RisingEdge
 
-    dataset = open_dataset(work.upstream("collect")[0].dir)
+    dataset = open_dataset(work.inputs.parents[0].dir)
     at_reset = dataset.at_reset.fill_null(False)  # null: a predicate of another scene of the batch, false throughout
     config = rebuild(ChunkConfig, work.params)
     write_chunks(dataset.steps.lazy(), at_reset, build.out / TABLE, config=config, labeler=RisingEdge())

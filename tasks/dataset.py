@@ -16,14 +16,16 @@ FILE = "dataset.json"
 
 def aggregate_batches(recipe: Recipe, batches: list[Ref]) -> Ref:
     """One list of all batches; nothing is copied."""
-    return ensure("dataset", jsonable(recipe.dataset), batches, label=f"{len(batches)} batches")
+    params = jsonable(recipe.dataset)
+    del params["sources"]  # they are among the batches
+    return ensure("dataset", params, batches, label=f"{len(batches)} batches")
 
 
 def aggregate_members(build: Build, work: Work) -> None:
     """The body of the `dataset` stage."""
     from data.training_set import aggregate
 
-    whole = aggregate(work.upstream("collect"), **work.params)
+    whole = aggregate(work.inputs.parents, **work.params)
     (build.out / FILE).write_text(json.dumps(whole.to_json(), indent=1, sort_keys=True))
 
 

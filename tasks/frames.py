@@ -16,4 +16,4 @@ def decode_frames(build: Build, work: Work) -> None:
     from data.frames import build_frames
     from data.lerobot import open_dataset
 
-    build_frames(open_dataset(work.upstream("collect")[0].dir), build.out)
+    build_frames(open_dataset(work.inputs.parents[0].dir), build.out)

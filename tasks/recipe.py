@@ -26,7 +26,7 @@ class Collect:
     scenes: tuple[str, ...] = ()  # registered scenes; none = sim.scene alone
     policy: str = "oracle"  # who acts: oracle, random, champion, or the folder of a checkpoint
     noise: float = 0.1  # std of the Gaussian noise on the oracle's arm actions, in action units of [-1, 1]
-    episodes: int = 200  # episodes per scene and night
+    episodes: int = 200  # episodes per scene and night; 0 = learn from dataset.sources alone
     batch: int = 20  # episodes per committed batch: what a kill can cost at most
     nights: int = 1  # nights collected so far, this one included; each adds its own seeds
     first_seed: int = 0  # seed of the first episode
@@ -38,6 +38,7 @@ class Dataset:
 
     held_out: float = 0.05  # share of episodes kept from training, for the per-dimension action error
     failures: bool = False  # also train on episodes that failed
+    sources: tuple[str, ...] = ()  # folders of LeRobot v3 or v2.1 datasets recorded elsewhere, added to the rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         plan, score = self.collect, self.evaluate
-        if min(plan.episodes, plan.batch, plan.nights, score.episodes, self.workers) < 1:
-            raise BadInput("episodes, batch, nights and workers must each be at least 1")
+        if min(plan.batch, plan.nights, score.episodes, self.workers) < 1:
+            raise BadInput("collect.batch, collect.nights, evaluate.episodes and workers must each be at least 1")
+        if plan.episodes < (0 if self.dataset.sources else 1):
+            raise BadInput("collect.episodes must be at least 1, or 0 together with dataset.sources")
         last = plan.first_seed + plan.nights * plan.episodes
         if plan.first_seed < score.first_seed + score.episodes and score.first_seed < last:
             raise BadInput(
@@ -110,7 +113,8 @@ def override(recipe: Recipe, overrides: dict[str, str]) -> Recipe:
         if name not in known and not _in_free_form(recipe, name):
             raise BadInput(f"unknown option --{name}{did_you_mean(name, known)}")
         assert isinstance(parent, dict)
-        parent[last] = _parsed(text)
+        value = _parsed(text)
+        parent[last] = [value] if isinstance(parent.get(last), list) and not isinstance(value, list) else value
     try:
         return rebuild(Recipe, nested)
     except ValidationError as fault:

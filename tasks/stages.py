@@ -2,6 +2,7 @@
 
 ```
  collect --+--> frames --+
+   (adopt) |             |
            +--> chunks --+--> train --> evaluate --> (registry)
            +--> dataset -+----------> ^
 ```
@@ -45,23 +46,30 @@ STAGES: dict[str, Stage] = {
         about="rollouts of one batch of seeds as a finalized LeRobot v3 dataset",
         per_batch=True,
     ),
+    "adopt": Stage(
+        body="tasks.adopt:copy_checked",
+        upstream=(),
+        libraries=(),
+        about="a LeRobot dataset recorded elsewhere, checked",
+        per_batch=True,
+    ),
     "frames": Stage(
         body="tasks.frames:decode_frames",
-        upstream=("collect",),
+        upstream=("collect", "adopt"),
         libraries=("av",),
         about="the batch's videos as a memory-mapped uint8 frame store",
         per_batch=True,
     ),
     "chunks": Stage(
         body="tasks.chunks:build_chunk_table",
-        upstream=("collect",),
+        upstream=("collect", "adopt"),
         libraries=("polars",),
         about="sub-goal events and chunk transitions of the batch",
         per_batch=True,
     ),
     "dataset": Stage(
         body="tasks.dataset:aggregate_members",
-        upstream=("collect",),
+        upstream=("collect", "adopt"),
         libraries=(),
         about="the list of batches, the held-out split, the normalisation statistics",
     ),
