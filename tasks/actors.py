@@ -42,8 +42,13 @@ def code_of(checkpoints: list[Ref]) -> tuple[str, ...]:
     parts: list[str] = []
     for ref in checkpoints:
         policy = Store().manifest(ref)["params"]["policy"]
-        parts += ["models.acting", BACKBONES.module(policy["backbone"]), HEADS.module(policy["head"])]
+        parts += acting_code(policy["backbone"], policy["head"])
     return tuple(parts)
+
+
+def acting_code(backbone: str, head: str) -> tuple[str, ...]:
+    """The modules that such a pair's acting stands on."""
+    return "models.acting", BACKBONES.module(backbone), HEADS.module(head)
 
 
 def _checkpoint(folder: str) -> Ref:

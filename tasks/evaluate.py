@@ -6,7 +6,7 @@ from typing import Any
 from data.refs import Ref
 from data.sim.registry import SCENES
 from data.store import Build
-from tasks.actors import code_of
+from tasks.actors import acting_code
 from tasks.dataset import read_set
 from tasks.nights import phase_run
 from tasks.progress import progress
@@ -23,7 +23,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Ref, dataset: Ref) -> Ref:
         {"sim": jsonable(recipe.sim), "evaluate": jsonable(recipe.evaluate)},
         [checkpoint, dataset],
         label=f"{recipe.sim.scene} {recipe.evaluate.episodes} unseen seeds",
-        parts=(SCENES.module(recipe.sim.scene), *code_of([checkpoint])),
+        parts=(SCENES.module(recipe.sim.scene), *acting_code(recipe.policy.backbone, recipe.policy.head)),
         execution={"workers": recipe.workers},
     )
 
