@@ -79,7 +79,7 @@ def test_explain_names_the_parameter(first, checkout):
     told = flywheel(checkout, "nightly", "debug", "--explain", "--fit.lr", "0.5").splitlines()
     stale = [line for line in told if line.startswith("stale")]
     assert [line.split()[1] for line in stale] == ["train", "evaluate"]
-    assert "fit.lr 0.001 -> 0.5" in stale[0]
+    assert "fit.lr 0.0003 -> 0.5" in stale[0]
 
 
 def test_dvc_repro_makes_the_same_artefacts_and_no_new_ones(first, checkout):
