@@ -58,8 +58,10 @@ def _surround(episode: Episode, camera: str) -> UInt8[np.ndarray, "th tw 3"]:
     height, width = episode.images[camera].shape[1:3]
     color, outcome = (SUCCESS, "ok") if episode.succeeded else (FAILURE, "fail")
     tile = Image.new("RGB", (width + 2 * BORDER, height + BORDER + LABEL), color)
-    text = f"{episode.seed}: {outcome}, {len(episode)} steps"
-    ImageDraw.Draw(tile).text((BORDER, height + BORDER), text, "white", ImageFont.load_default(LABEL - 5))
+    font = ImageFont.load_default(LABEL - 5)
+    texts = (f"{episode.seed}: {outcome}, {len(episode)} steps", f"{episode.seed}: {outcome}")
+    text = next((t for t in texts if font.getlength(t) <= width), texts[-1])
+    ImageDraw.Draw(tile).text((BORDER, height + BORDER), text, "white", font)
     return np.asarray(tile)
 
 
