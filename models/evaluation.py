@@ -268,7 +268,7 @@ def self_test(
     _refuse_other_config(config, protocol)
     run = {"num_envs": num_envs, "backend": backend, "on_step": on_step}
     first: dict[int, _Recording] = {}
-    for episode in rollout(replace(config, expert=True), OraclePolicy(), seeds, replan=1, **run):
+    for episode in rollout(replace(config, expert=True), OraclePolicy(), seeds, **run):
         first[episode.seed] = _Recording.of(episode)
     wins = sum(recording.succeeded for recording in first.values())
     if not first or wins / len(first) < expert_rate:

@@ -56,25 +56,25 @@ def test_lanes_here_and_there_say_what_the_environment_says(lanes) -> None:
     for lane in [lanes[0], *open_lanes(CONFIG, 1, "sync")]:
         lane.reset(5)
         assert ready([lane], PATIENCE_S) == [lane]
-        [first] = lane.take()
-        assert first.info == reset[1]
-        np.testing.assert_array_equal(first.observation[STATE], reset[0][STATE])
-        replies = []
+        first = lane.take()
+        assert [outcome.info for outcome in first.outcomes] == [reset[1]]
+        np.testing.assert_array_equal(first.observation[STATE], [reset[0][STATE]])
+        seen, outcomes = [], []
         for burst in (3, 2):
             lane.step(np.stack([RIGHT] * burst))
             assert ready([lane], PATIENCE_S) == [lane]
-            replies += lane.take()
-        assert len(replies) == 5
-        for reply, (observation, *outcome) in zip(replies, steps, strict=True):
-            assert list(reply[1:]) == outcome
-            np.testing.assert_array_equal(reply.observation[STATE], observation[STATE])
+            replies = lane.take()
+            seen += [row.copy() for row in replies.observation[STATE]]
+            outcomes += replies.outcomes
+        np.testing.assert_array_equal(seen, [step[0][STATE] for step in steps])
+        assert [tuple(outcome) for outcome in outcomes] == [step[1:] for step in steps]
 
 
 def test_a_burst_ends_with_the_episode() -> None:
     [lane] = open_lanes(replace(CONFIG, max_steps=2), 1, "sync")
     lane.reset(0)
     lane.step(np.stack([RIGHT] * 5))
-    assert [reply.over for reply in lane.take()] == [False, True]
+    assert [outcome.over for outcome in lane.take().outcomes] == [False, True]
 
 
 def test_a_lane_does_not_wait_for_another(lanes) -> None:

@@ -106,7 +106,7 @@ class FlywheelEnv(gym.Env):
 
     def _execute(self, action: Float32[np.ndarray, "a"]) -> None:
         self._actions.append(action)
-        action = np.clip(action.astype(np.float64), -1, 1)
+        action = np.minimum(np.maximum(action.astype(np.float64), -1), 1)  # np.clip takes five times as long
         joints = controllers.controller(self.config.control_mode).target(action, self._state.q)
         self._world.drive(joints, controllers.finger_target(action[-1]))
         self._world.advance(self.config.substeps)

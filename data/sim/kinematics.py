@@ -3,6 +3,8 @@
 Frames follow Franka's published table (modified Denavit-Hartenberg): joint i turns about its own z.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -87,7 +89,7 @@ def rotation_vector(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "3"
     return sine if length < 1e-9 else sine / length * angle
 
 
-def rotation_matrix(q: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3 3"]:
+def rotation_matrix(q: Sequence[float]) -> Float[np.ndarray, "3 3"]:
     """The rotation matrix of a unit quaternion (w, x, y, z)."""
     w, x, y, z = q
     return np.array(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv
-from gymnasium.vector.utils import batch_space, create_empty_array
+from gymnasium.vector.utils import batch_space, write_to_shared_memory
 from jaxtyping import Float32
 
 from data.sim.config import SimConfig
@@ -27,10 +27,9 @@ from data.sim.env import FlywheelEnv
 from data.sim.vector import Backend, WorkerDied, resolve_backend, start_workers, worker_environment
 
 
-class Reply(NamedTuple):
-    """What an environment says to a step; to `reset`, with reward 0 and not over."""
+class Outcome(NamedTuple):
+    """What an environment says to a step, besides what is seen; to `reset`, with reward 0 and not over."""
 
-    observation: dict[str, np.ndarray]
     reward: float
     terminated: bool
     truncated: bool
@@ -39,6 +38,13 @@ class Reply(NamedTuple):
     @property
     def over(self) -> bool:
         return self.terminated or self.truncated
+
+
+class Replies(NamedTuple):
+    """To `reset` one, to `step` one for each action that was executed."""
+
+    observation: dict[str, Sequence[np.ndarray]]  # row i: seen after action i. Valid until the lane's next command.
+    outcomes: list[Outcome]
 
 
 class Lane(ABC):
@@ -52,8 +58,8 @@ class Lane(ABC):
         """Execute up to `burst` actions, one after the other; none after the end of the episode."""
 
     @abstractmethod
-    def take(self) -> list[Reply]:
-        """The reply to `reset`, or one for each action executed. Raises `WorkerDied`."""
+    def take(self) -> Replies:
+        """What came of the last command. Raises `WorkerDied`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -83,13 +89,12 @@ class LocalLane(Lane):
         self.env = env
 
     def reset(self, seed: int) -> None:
-        observation, info = self.env.reset(seed=seed)
-        self._replies = [Reply(observation, 0.0, False, False, info)]
+        self._replies = _reset(self.env, seed)
 
     def step(self, actions: Float32[np.ndarray, "k a"]) -> None:
         self._replies = _execute(self.env, actions)
 
-    def take(self) -> list[Reply]:
+    def take(self) -> Replies:
         return self._replies
 
     def close(self) -> None:
@@ -112,14 +117,13 @@ class WorkerLane(Lane):
         self._told[0, : len(actions)], self._told[0, len(actions) :] = actions, np.nan
         self._send(self.vector.step_async, self.vector.step_wait, self._told)
 
-    def take(self) -> list[Reply]:
+    def take(self) -> Replies:
         try:
             shared, *_, info = self._answer()
         except (EOFError, ConnectionError):
             self._died()
-        replies = info["replies"][0]
-        seen = {name: rows[0, : len(replies)].copy() for name, rows in shared.items()}
-        return [r._replace(observation={name: rows[i] for name, rows in seen.items()}) for i, r in enumerate(replies)]
+        outcomes = info["outcomes"][0]
+        return Replies({name: rows[0, : len(outcomes)] for name, rows in shared.items()}, outcomes)
 
     def kill(self) -> None:
         """End the worker; `take` will say that it died."""
@@ -143,39 +147,59 @@ class WorkerLane(Lane):
         raise WorkerDied(f"a simulator process ended with code {self.process.exitcode}")
 
 
+class Rows(gym.spaces.Box):
+    """A box whose first axis has room for a burst; a value is a list of as many rows as there are.
+
+    gymnasium copies a Box twice on its way to the shared memory, all of it. Of these, each row is copied once.
+    """
+
+    def __init__(self, row: gym.spaces.Box, burst: int) -> None:
+        shape = (burst, *row.shape)
+        super().__init__(np.broadcast_to(row.low, shape), np.broadcast_to(row.high, shape), shape, row.dtype)
+
+
+@write_to_shared_memory.register(Rows)
+def _write_rows(space: Rows, index: int, value: list[np.ndarray], shared_memory: Any) -> None:
+    rooms = np.frombuffer(shared_memory.get_obj(), space.dtype).reshape(-1, *space.shape)
+    for room, row in zip(rooms[index], value, strict=False):
+        room[...] = row
+
+
 class _Burst(gym.Env):
-    """What a worker runs: `burst` rows of everything, so that all pictures of a burst fit into the shared memory."""
+    """What a worker runs: an environment that executes several actions in one step."""
 
     def __init__(self, config: SimConfig, burst: int) -> None:
         self.env = FlywheelEnv(config)
-        self.observation_space = batch_space(self.env.observation_space, burst)
+        seen = {name: Rows(space, burst) for name, space in self.env.observation_space.items()}
+        self.observation_space = gym.spaces.Dict(seen)
         self.action_space = batch_space(self.env.action_space, burst)
-        self._rows = create_empty_array(self.env.observation_space, burst)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
-        observation, info = self.env.reset(seed=seed, options=options)
-        return self._answer([Reply(observation, 0.0, False, False, info)])
+    def reset(self, *, seed: int, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
+        replies = _reset(self.env, seed)
+        return replies.observation, {"outcomes": replies.outcomes}
 
     def step(self, action: Float32[np.ndarray, "burst a"]) -> tuple[dict, float, bool, bool, dict[str, Any]]:
         """Rows of NaN are no actions."""
         replies = _execute(self.env, action[~np.isnan(action).all(axis=1)])
-        rows, info = self._answer(replies)
-        return rows, 0.0, replies[-1].terminated, replies[-1].truncated, info
+        last = replies.outcomes[-1]
+        return replies.observation, 0.0, last.terminated, last.truncated, {"outcomes": replies.outcomes}
 
     def close(self) -> None:
         self.env.close()
 
-    def _answer(self, replies: list[Reply]) -> tuple[dict, dict[str, Any]]:
-        for i, reply in enumerate(replies):
-            for name, value in reply.observation.items():
-                self._rows[name][i] = value
-        return self._rows, {"replies": [reply._replace(observation={}) for reply in replies]}
+
+def _reset(env: gym.Env, seed: int) -> Replies:
+    observation, info = env.reset(seed=seed)
+    return Replies({name: [value] for name, value in observation.items()}, [Outcome(0.0, False, False, info)])
 
 
-def _execute(env: gym.Env, actions: Float32[np.ndarray, "k a"]) -> list[Reply]:
-    replies = []
+def _execute(env: gym.Env, actions: Float32[np.ndarray, "k a"]) -> Replies:
+    """One action after the other, up to the end of the episode."""
+    seen, outcomes = [], []
     for action in actions:
-        replies.append(Reply(*env.step(action)))
-        if replies[-1].over:
+        observation, *outcome = env.step(action)
+        seen.append(observation)
+        outcomes.append(Outcome(*outcome))
+        if outcomes[-1].over:
             break
-    return replies
+    return Replies({name: [observation[name] for observation in seen] for name in seen[0]}, outcomes)

@@ -52,8 +52,9 @@ class RandomPolicy:
     def act(
         self, observation: dict[str, np.ndarray], tasks: list[str], seeds: list[int], steps: list[int]
     ) -> np.ndarray:
-        def chunk(seed: int, step: int) -> list[np.ndarray]:
-            return [_rng(_RANDOM, seed, step + k).uniform(-1, 1, self.action_dims) for k in range(self.horizon)]
+        def chunk(seed: int, step: int) -> np.ndarray:
+            episode = np.random.default_rng([_RANDOM, seed]).uniform(-1, 1, (step + self.horizon, self.action_dims))
+            return episode[step:]
 
         return np.array([chunk(seed, step) for seed, step in zip(seeds, steps, strict=True)], np.float32)
 
@@ -79,10 +80,8 @@ class OraclePolicy:
         if EXPERT not in observation:
             raise BadInput("the oracle policy has no expert to ask; set `expert=True` in the simulator's configuration")
         action = observation[EXPERT].astype(np.float32)
-        draws = [
-            _rng(_NOISE, *key).normal(0, self.noise, action.shape[1] - 1) for key in zip(seeds, steps, strict=True)
-        ]
-        action[:, :-1] += np.array(draws, np.float32)
+        for row, seed, step in zip(action, seeds, steps, strict=True):
+            row[:-1] += np.random.default_rng([_NOISE, seed, step]).normal(0, self.noise, len(row) - 1)
         return np.clip(action, -1, 1)[:, None]
 
 
@@ -93,7 +92,3 @@ def _expert_digest(noise: float) -> str:
     for path in [folder / "oracle.py", *sorted((folder / "scenes").glob("*.py"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _rng(stream: int, seed: int, step: int) -> np.random.Generator:
-    return np.random.default_rng([stream, seed, step])

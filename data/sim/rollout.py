@@ -23,7 +23,7 @@ from data.errors import BadInput
 from data.schema import IMAGE, STATE
 from data.sim.config import SimConfig
 from data.sim.execution import EveryNth, TemporalEnsemble, execution
-from data.sim.lanes import Lane, Reply, open_lanes, ready
+from data.sim.lanes import Lane, Outcome, Replies, open_lanes, ready
 from data.sim.policies import EXPERT, OraclePolicy, Policy, RandomPolicy
 from data.sim.vector import Backend, WorkerDied, resolve_backend
 
@@ -49,8 +49,7 @@ def rollout(
 ) -> Iterator[Episode]:
     """Yield one `Episode` per seed, in the order of `seeds`.
 
-    replan: how many actions of a chunk are executed before the policy is asked again; None is the whole chunk. Say 1
-        for a policy of single steps: rooms for more in shared memory cost a little.
+    replan: how many actions of a chunk are executed before the policy is asked again; None is the whole chunk.
     temporal_ensemble: ask at each step instead and average overlapping chunks with this m (`data.sim.execution`).
     together: how many lanes at most are put in one question. 1 keeps an episode a function of its seed to the last bit,
         because a network's kernels, and so its rounding, depend on the batch; more is for a GPU and many lanes.
@@ -81,59 +80,92 @@ def rollout(
     return run.episodes()
 
 
+class _Rows:
+    """Rows that come one by one, in an array that doubles when it is full: nothing to stack at the end."""
+
+    def __init__(self, first: np.ndarray) -> None:
+        self._array = np.empty((64, *first.shape), first.dtype)
+        self._array[0] = first
+        self._count = 1
+
+    def append(self, row: np.ndarray) -> None:
+        if self._count == len(self._array):
+            self._array = np.concatenate([self._array, np.empty_like(self._array)])
+        self._array[self._count] = row
+        self._count += 1
+
+    def newest(self) -> np.ndarray:
+        return self._array[self._count - 1]
+
+    def before_newest(self) -> np.ndarray:
+        return self._array[: self._count - 1]
+
+
 @dataclass(kw_only=True)
 class _Trial:
-    """One episode while it happens."""
+    """One episode while it happens.
+
+    ```
+     seen      o0     o1     o2  ...   what a history of frames, their alignment and padding at reset are drawn from
+     actions      a0     a1      ...
+     outcomes     r0     r1      ...
+    ```
+    """
 
     index: int  # place of its seed among the seeds
     seed: int
     execution: EveryNth | TemporalEnsemble
     at_reset: dict = field(default_factory=dict)  # the environment's info before the first action
-    observation: dict[str, np.ndarray] = field(default_factory=dict)  # seen before the coming action
-    actions: np.ndarray | None = None  # under way, [k, a]
-    rows: list[tuple[dict[str, np.ndarray], np.ndarray, Reply]] = field(default_factory=list)  # o_t, a_t, what came
-    over: bool = False
+    latest: dict = field(default_factory=dict)  # and after the last
+    seen: dict[str, _Rows] = field(default_factory=dict)
+    under_way: np.ndarray | None = None  # actions [k, a] that the lane was told
+    actions: list[np.ndarray] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
 
-    def hear(self, replies: list[Reply]) -> int:
+    def hear(self, replies: Replies) -> int:
         """Take in the reply to `reset`, or those to the actions under way; the number of steps done."""
-        if self.actions is None:
-            self.at_reset = replies[0].info
-            self._see(replies[0])
+        self.latest = replies.outcomes[-1].info
+        if self.under_way is None:
+            self.at_reset = self.latest
+            self.seen = {name: _Rows(rows[0]) for name, rows in replies.observation.items()}
             return 0
-        for action, reply in zip(self.actions, replies, strict=False):  # fewer replies: the episode ended
-            self.rows.append((self.observation, action, reply))
-            self._see(reply)
-        self.over = replies[-1].over
-        return len(replies)
+        for name, rows in replies.observation.items():
+            for row in rows:
+                self.seen[name].append(row)
+        done = len(replies.outcomes)  # fewer than were told, if the episode ended
+        self.actions.extend(self.under_way[:done])
+        self.outcomes.extend(replies.outcomes)
+        return done
 
-    def _see(self, reply: Reply) -> None:
-        """What a policy is shown. A history of frames, their alignment and the padding at reset belong here."""
-        expert = {EXPERT: reply.info[EXPERT]} if EXPERT in reply.info else {}
-        self.observation = {**reply.observation, **expert}
+    def question(self) -> dict[str, np.ndarray]:
+        """What the policy is shown."""
+        expert = {EXPERT: self.latest[EXPERT]} if EXPERT in self.latest else {}
+        return {name: rows.newest() for name, rows in self.seen.items()} | expert
+
+    @property
+    def over(self) -> bool:
+        return bool(self.outcomes) and self.outcomes[-1].over
 
     def episode(self, scene: str, policy_digest: str) -> Episode:
-        observations, actions, replies = zip(*self.rows, strict=True)  # a reply's observation is the next row's
-        cameras = [name for name in observations[0] if name.startswith(IMAGE)]
-
         def flags(values: Iterable[bool]) -> np.ndarray:
-            return np.fromiter(values, bool, len(replies))
+            return np.fromiter(values, bool, len(self.outcomes))
 
+        infos = [outcome.info for outcome in self.outcomes]
+        cameras = [name for name in self.seen if name.startswith(IMAGE)]
         return Episode(
             scene=scene,
             seed=self.seed,
             task=self.at_reset["task"],
             policy_digest=policy_digest,
             randomization=self.at_reset["randomization"],
-            images={name.removeprefix(IMAGE): np.stack([o[name] for o in observations]) for name in cameras},
-            state=np.stack([o[STATE] for o in observations]),
-            action=np.stack(actions),
-            reward=np.array([reply.reward for reply in replies], np.float32),
-            success=flags(reply.info["success"] for reply in replies),
-            terminated=flags(reply.terminated for reply in replies),
-            truncated=flags(reply.truncated for reply in replies),
-            subgoals={
-                name: flags(reply.info["subgoals"][name] for reply in replies) for name in self.at_reset["subgoals"]
-            },
+            images={name.removeprefix(IMAGE): self.seen[name].before_newest() for name in cameras},
+            state=self.seen[STATE].before_newest(),
+            action=np.stack(self.actions),
+            reward=np.array([outcome.reward for outcome in self.outcomes], np.float32),
+            success=flags(info["success"] for info in infos),
+            terminated=flags(outcome.terminated for outcome in self.outcomes),
+            truncated=flags(outcome.truncated for outcome in self.outcomes),
+            subgoals={name: flags(info["subgoals"][name] for info in infos) for name in self.at_reset["subgoals"]},
             subgoals_at_reset=self.at_reset["subgoals"],
         )
 
@@ -231,20 +263,21 @@ class _Run:
 
     def _send(self, lane: int) -> None:
         trial = self.trials[lane]
-        trial.actions = np.clip(trial.execution.next(self.burst), -1, 1, dtype=np.float32)  # recorded as executed
-        self.lanes[lane].step(trial.actions)
+        trial.under_way = np.clip(trial.execution.next(self.burst), -1, 1, dtype=np.float32)  # recorded as executed
+        self.lanes[lane].step(trial.under_way)
 
     def _ask(self, trials: list[_Trial]) -> np.ndarray:
         """Chunks [n, H, A] from the policy. Raises `BadInput` for an answer that is no action."""
-        observation = {name: _stack([t.observation[name] for t in trials]) for name in trials[0].observation}
-        steps = [len(t.rows) for t in trials]
+        questions = [t.question() for t in trials]
+        observation = {name: _stack([q[name] for q in questions]) for name in questions[0]}
+        steps = [len(t.actions) for t in trials]
         chunks = self.policy.act(observation, [t.at_reset["task"] for t in trials], [t.seed for t in trials], steps)
         dims = len(self.config.schema().action)
         if chunks.ndim != 3 or chunks.shape[::2] != (len(trials), dims) or not chunks.shape[1]:
             raise BadInput(f"policy {self.policy.digest} answered {chunks.shape}, not (n={len(trials)}, H, A={dims})")
         if not np.isfinite(chunks).all():
             bad = next(t for t, chunk in zip(trials, chunks, strict=True) if not np.isfinite(chunk).all())
-            where = f"{self.config.scene}, seed {bad.seed}, step {len(bad.rows)}"
+            where = f"{self.config.scene}, seed {bad.seed}, step {len(bad.actions)}"
             raise BadInput(
                 f"policy {self.policy.digest} gave a NaN or infinite action in {where}; its training diverged"
             )

@@ -4,6 +4,8 @@ Built afresh, because PhysX remembers: in a simulation that is re-arranged inste
 motion each time (contact and solver caches). Building takes about 10 ms. What is seen is apart, in `data.sim.looks`.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Float
 
@@ -53,8 +55,7 @@ class World:
         """This instant, for predicates, experts and observations."""
         qpos = self._robot.get_qpos().astype(float)
         hand = self._links[robot.HAND].entity_pose
-        rotation = rotation_matrix(hand.q.astype(float))
-        poses = {name: entity.pose for name, entity in self._entities.items()}
+        rotation = rotation_matrix(hand.q.tolist())
         touching = self._touching()
         left, right = ({name for pair in touching if finger in pair for name in pair} for finger in robot.FINGERS)
         return State(
@@ -63,8 +64,7 @@ class World:
             tcp=hand.p.astype(float) + rotation[:, 2] * TCP_HEIGHT,
             tcp_quaternion=hand.q.astype(float),
             tcp_rotation=rotation,
-            positions={name: pose.p.astype(float) for name, pose in poses.items()},
-            rotations={name: rotation_matrix(pose.q.astype(float)) for name, pose in poses.items()},
+            positions={name: entity.pose.p.astype(float) for name, entity in self._entities.items()},
             speeds={name: self._speed(entity) for name, entity in self._entities.items()},
             initial=self._initial,
             held=frozenset((left & right) - set(robot.FINGERS)),
@@ -79,16 +79,15 @@ class World:
 
     def _touching(self) -> frozenset[frozenset[str]]:
         """Pairs of names that press on each other."""
-        pairs = set()
-        for contact in self._sim.get_contacts():
-            names = frozenset(body.entity.name for body in contact.bodies)
-            if names not in pairs and any(np.any(point.impulse) for point in contact.points):
-                pairs.add(names)
-        return frozenset(pairs)
+        return frozenset(
+            frozenset(body.entity.name for body in contact.bodies)
+            for contact in self._sim.get_contacts()
+            if any(any(point.impulse) for point in contact.points)
+        )
 
     def _speed(self, entity) -> float:
         body = entity.find_component_by_type(self._sapien.physx.PhysxRigidDynamicComponent)
-        return 0.0 if body is None or body.kinematic else float(np.linalg.norm(body.linear_velocity))
+        return 0.0 if body is None or body.kinematic else math.hypot(*body.linear_velocity)
 
     def _place(self, drawn: Drawn, body: Body) -> tuple[list[float], float]:
         place = drawn.layout[body.name]

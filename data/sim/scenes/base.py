@@ -8,6 +8,7 @@
 ```
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -59,7 +60,6 @@ class State:
     tcp_quaternion: Float[np.ndarray, "4"]  # w x y z
     tcp_rotation: Float[np.ndarray, "3 3"]
     positions: dict[str, Float[np.ndarray, "3"]]  # body -> centre, m
-    rotations: dict[str, Float[np.ndarray, "3 3"]]
     speeds: dict[str, float]  # body -> m/s
     initial: dict[str, Float[np.ndarray, "3"]]  # body -> centre at reset, m
     held: frozenset[str]  # bodies that both fingers press on
@@ -101,4 +101,4 @@ def block(name: str, half: float, color: Color) -> Body:
 
 
 def distance(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
-    return float(np.linalg.norm(np.subtract(a, b)))
+    return math.dist(a, b)
