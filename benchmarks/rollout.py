@@ -32,6 +32,7 @@ from data.schema import IMAGE
 from data.sim import controllers
 from data.sim.config import SimConfig
 from data.sim.env import FlywheelEnv
+from data.sim.looks import without_alpha
 from data.sim.policies import RandomPolicy
 from data.sim.randomization import draw
 from data.sim.rollout import rollout
@@ -78,7 +79,7 @@ class Bare:
             show.update_render()
             for camera in cameras:
                 camera.take_picture()
-            yield [np.ascontiguousarray(camera.get_picture("Color")[..., :3]) for camera in cameras]
+            yield [without_alpha(camera.get_picture("Color")) for camera in cameras]
 
     def steps_in(self, seconds: float, first_seed: int) -> int:
         """Steps done within `seconds`, episode after episode."""

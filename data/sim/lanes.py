@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 class Replies(NamedTuple):
     """To `reset` one, to `step` one for each action that was executed."""
 
-    observation: dict[str, Sequence[np.ndarray]]  # row i: seen after action i. Valid until the lane's next command.
+    observation: dict[str, Sequence[np.ndarray]]  # row i: seen after action i. Valid until the command after the next.
     outcomes: list[Outcome]
 
 
@@ -109,6 +109,7 @@ class WorkerLane(Lane):
         self.process = vector.processes[0]
         self.pipe = vector.parent_pipes[0]
         self._told = np.full(vector.action_space.shape, np.nan, np.float32)  # [1, burst, a]
+        self._half = 0  # of the shared rows, as in `_Burst`
 
     def reset(self, seed: int) -> None:
         self._send(self.vector.reset_async, self.vector.reset_wait, seed=[seed])
@@ -123,7 +124,9 @@ class WorkerLane(Lane):
         except (EOFError, ConnectionError):
             self._died()
         outcomes = info["outcomes"][0]
-        return Replies({name: rows[0, : len(outcomes)] for name, rows in shared.items()}, outcomes)
+        first = self._half * self._told.shape[1]
+        self._half ^= 1
+        return Replies({name: rows[0, first : first + len(outcomes)] for name, rows in shared.items()}, outcomes)
 
     def kill(self) -> None:
         """End the worker; `take` will say that it died."""
@@ -148,20 +151,22 @@ class WorkerLane(Lane):
 
 
 class Rows(gym.spaces.Box):
-    """A box whose first axis has room for a burst; a value is a list of as many rows as there are.
+    """A box whose first axis has room for two bursts; a value is (half, list of as many rows as there are).
 
-    gymnasium copies a Box twice on its way to the shared memory, all of it. Of these, each row is copied once.
+    gymnasium copies a Box twice on its way to the shared memory, all of it; of these, each row is copied once. The
+    halves take turns, so that a worker goes on while the parent still copies what the last burst showed.
     """
 
     def __init__(self, row: gym.spaces.Box, burst: int) -> None:
-        shape = (burst, *row.shape)
+        shape = (2 * burst, *row.shape)
         super().__init__(np.broadcast_to(row.low, shape), np.broadcast_to(row.high, shape), shape, row.dtype)
 
 
 @write_to_shared_memory.register(Rows)
-def _write_rows(space: Rows, index: int, value: list[np.ndarray], shared_memory: Any) -> None:
-    rooms = np.frombuffer(shared_memory.get_obj(), space.dtype).reshape(-1, *space.shape)
-    for room, row in zip(rooms[index], value, strict=False):
+def _write_rows(space: Rows, index: int, value: tuple[int, list[np.ndarray]], shared_memory: Any) -> None:
+    half, rows = value
+    rooms = np.frombuffer(shared_memory.get_obj(), space.dtype).reshape(-1, 2, space.shape[0] // 2, *space.shape[1:])
+    for room, row in zip(rooms[index, half], rows, strict=False):
         room[...] = row
 
 
@@ -173,19 +178,24 @@ class _Burst(gym.Env):
         seen = {name: Rows(space, burst) for name, space in self.env.observation_space.items()}
         self.observation_space = gym.spaces.Dict(seen)
         self.action_space = batch_space(self.env.action_space, burst)
+        self._half = 1  # of the shared rows, where the last command's lie
 
     def reset(self, *, seed: int, options: dict | None = None) -> tuple[dict, dict[str, Any]]:
-        replies = _reset(self.env, seed)
-        return replies.observation, {"outcomes": replies.outcomes}
+        return self._answer(_reset(self.env, seed))
 
     def step(self, action: Float32[np.ndarray, "burst a"]) -> tuple[dict, float, bool, bool, dict[str, Any]]:
         """Rows of NaN are no actions."""
         replies = _execute(self.env, action[~np.isnan(action).all(axis=1)])
-        last = replies.outcomes[-1]
-        return replies.observation, 0.0, last.terminated, last.truncated, {"outcomes": replies.outcomes}
+        rows, info = self._answer(replies)
+        return rows, 0.0, replies.outcomes[-1].terminated, replies.outcomes[-1].truncated, info
 
     def close(self) -> None:
         self.env.close()
+
+    def _answer(self, replies: Replies) -> tuple[dict, dict[str, Any]]:
+        self._half ^= 1
+        rows = {name: (self._half, values) for name, values in replies.observation.items()}
+        return rows, {"outcomes": replies.outcomes}
 
 
 def _reset(env: gym.Env, seed: int) -> Replies:

@@ -82,9 +82,7 @@ class Looks:
         self._sim.update_render()
         for camera in self._cameras.values():
             camera.take_picture()
-        return {
-            name: np.ascontiguousarray(camera.get_picture("Color")[..., :3]) for name, camera in self._cameras.items()
-        }
+        return {name: without_alpha(camera.get_picture("Color")) for name, camera in self._cameras.items()}
 
     def _aim(self, drawn: Drawn) -> None:
         """The head camera stands in the room, the wrist camera rides on the hand."""
@@ -160,6 +158,14 @@ class Looks:
         material = self._sapien.render.RenderMaterial(specular=0.0)
         material.set_base_color_texture(picture)
         return material
+
+
+def without_alpha(rgba: UInt8[np.ndarray, "height width 4"]) -> UInt8[np.ndarray, "height width 3"]:
+    """RGB, channel by channel: `rgba[..., :3].copy()` takes five times as long, 6 % of a whole step."""
+    rgb = np.empty((*rgba.shape[:2], 3), np.uint8)
+    for channel in range(3):
+        rgb[..., channel] = rgba[..., channel]
+    return rgb
 
 
 def _render_system(sapien, device: str):

@@ -81,24 +81,21 @@ def rollout(
 
 
 class _Rows:
-    """Rows that come one by one, in an array that doubles when it is full: nothing to stack at the end."""
+    """Rows that come by and by, in an array that doubles when it is full: nothing to stack at the end."""
 
-    def __init__(self, first: np.ndarray) -> None:
-        self._array = np.empty((64, *first.shape), first.dtype)
-        self._array[0] = first
-        self._count = 1
+    def __init__(self, like: np.ndarray) -> None:
+        self._array = np.empty((64, *like.shape), like.dtype)
+        self._count = 0
 
-    def append(self, row: np.ndarray) -> None:
-        if self._count == len(self._array):
+    def extend(self, rows: Sequence[np.ndarray]) -> None:
+        while self._count + len(rows) > len(self._array):
             self._array = np.concatenate([self._array, np.empty_like(self._array)])
-        self._array[self._count] = row
-        self._count += 1
+        for i, row in enumerate(rows, self._count):
+            self._array[i] = row
+        self._count += len(rows)
 
-    def newest(self) -> np.ndarray:
-        return self._array[self._count - 1]
-
-    def before_newest(self) -> np.ndarray:
-        return self._array[: self._count - 1]
+    def first(self, count: int) -> np.ndarray:
+        return self._array[:count]
 
 
 @dataclass(kw_only=True)
@@ -117,21 +114,19 @@ class _Trial:
     execution: EveryNth | TemporalEnsemble
     at_reset: dict = field(default_factory=dict)  # the environment's info before the first action
     latest: dict = field(default_factory=dict)  # and after the last
-    seen: dict[str, _Rows] = field(default_factory=dict)
+    fresh: dict[str, Sequence[np.ndarray]] = field(default_factory=dict)  # seen since the last command
+    seen: dict[str, _Rows] = field(default_factory=dict)  # all of it
     under_way: np.ndarray | None = None  # actions [k, a] that the lane was told
     actions: list[np.ndarray] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
 
     def hear(self, replies: Replies) -> int:
         """Take in the reply to `reset`, or those to the actions under way; the number of steps done."""
+        self.fresh = replies.observation
         self.latest = replies.outcomes[-1].info
         if self.under_way is None:
             self.at_reset = self.latest
-            self.seen = {name: _Rows(rows[0]) for name, rows in replies.observation.items()}
             return 0
-        for name, rows in replies.observation.items():
-            for row in rows:
-                self.seen[name].append(row)
         done = len(replies.outcomes)  # fewer than were told, if the episode ended
         self.actions.extend(self.under_way[:done])
         self.outcomes.extend(replies.outcomes)
@@ -140,15 +135,22 @@ class _Trial:
     def question(self) -> dict[str, np.ndarray]:
         """What the policy is shown."""
         expert = {EXPERT: self.latest[EXPERT]} if EXPERT in self.latest else {}
-        return {name: rows.newest() for name, rows in self.seen.items()} | expert
+        return {name: rows[-1] for name, rows in self.fresh.items()} | expert
+
+    def keep(self) -> None:
+        """Copy what was heard last, before the lane overwrites it: that is, before the reply to its next command."""
+        for name, rows in self.fresh.items():
+            self.seen.setdefault(name, _Rows(rows[0])).extend(rows)
 
     @property
     def over(self) -> bool:
         return bool(self.outcomes) and self.outcomes[-1].over
 
     def episode(self, scene: str, policy_digest: str) -> Episode:
+        length = len(self.outcomes)
+
         def flags(values: Iterable[bool]) -> np.ndarray:
-            return np.fromiter(values, bool, len(self.outcomes))
+            return np.fromiter(values, bool, length)
 
         infos = [outcome.info for outcome in self.outcomes]
         cameras = [name for name in self.seen if name.startswith(IMAGE)]
@@ -158,8 +160,8 @@ class _Trial:
             task=self.at_reset["task"],
             policy_digest=policy_digest,
             randomization=self.at_reset["randomization"],
-            images={name.removeprefix(IMAGE): self.seen[name].before_newest() for name in cameras},
-            state=self.seen[STATE].before_newest(),
+            images={name.removeprefix(IMAGE): self.seen[name].first(length) for name in cameras},
+            state=self.seen[STATE].first(length),
             action=np.stack(self.actions),
             reward=np.array([outcome.reward for outcome in self.outcomes], np.float32),
             success=flags(info["success"] for info in infos),
@@ -199,10 +201,12 @@ class _Run:
                     given += 1
                     continue
                 heard = self._hear()
-                for lane in [lane for lane in heard if self.trials[lane].over]:
-                    trial = self.trials.pop(lane)
-                    done[trial.index] = trial.episode(self.config.scene, self.policy.digest)
+                over = [self.trials.pop(lane) for lane, trial in heard.items() if trial.over]
                 self._act([lane for lane in heard if lane in self.trials])
+                self._begin_what_may(waiting, given)
+                for trial in heard.values():
+                    trial.keep()  # after all lanes have something to do
+                done |= {trial.index: trial.episode(self.config.scene, self.policy.digest) for trial in over}
         finally:
             for lane in self.lanes:
                 lane.close()
@@ -220,14 +224,14 @@ class _Run:
         self.policy.reset(lane, seed)
         self.lanes[lane].reset(seed)
 
-    def _hear(self) -> list[int]:
-        """Wait for replies, and return the lanes that gave one."""
+    def _hear(self) -> dict[int, _Trial]:
+        """Wait for replies, and return the lanes that gave one, with what happens there."""
         busy = {self.lanes[lane]: lane for lane in self.trials}
         replied = ready(list(busy), STALL_S)
         if not replied:
             for lane in busy:
                 lane.kill()  # all of them hang; their deaths are heard next
-        heard = []
+        heard = {}
         for lane in (busy[lane] for lane in replied):
             try:
                 replies = self.lanes[lane].take()
@@ -236,7 +240,7 @@ class _Run:
                 continue
             if steps := self.trials[lane].hear(replies):
                 self.on_step(steps)
-            heard.append(lane)
+            heard[lane] = self.trials[lane]
         return heard
 
     def _redo(self, lane: int, death: WorkerDied) -> None:
