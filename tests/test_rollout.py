@@ -65,9 +65,14 @@ class Indexed:
         return chunk
 
 
-def test_rows_are_those_of_a_plain_gym_loop() -> None:
-    [episode] = rollout(CONFIG, ORACLE, [7], num_envs=1)
-    env = FlywheelEnv(CONFIG)
+@pytest.mark.parametrize(
+    ("policy", "steps", "backend"),
+    [(ORACLE, 40, "sync"), (RandomPolicy(), 150, "sync"), (RandomPolicy(), 150, "async")],
+)
+def test_rows_are_those_of_a_plain_gym_loop(policy, steps: int, backend: str) -> None:
+    config = replace(CONFIG, max_steps=steps)
+    [episode] = rollout(config, policy, [7], backend=backend)
+    env = FlywheelEnv(config)
     observation, info = env.reset(seed=7)
     assert (episode.randomization, episode.task) == (info["randomization"], info["task"])
     assert episode.subgoals_at_reset == info["subgoals"]
@@ -78,7 +83,7 @@ def test_rows_are_those_of_a_plain_gym_loop() -> None:
         assert episode.success[t] == info["success"]
         assert {name: flags[t] for name, flags in episode.subgoals.items()} == info["subgoals"]
     assert terminated or truncated
-    assert (episode.scene, episode.seed, episode.policy_digest) == ("pick_cube", 7, ORACLE.digest)
+    assert (episode.scene, episode.seed, episode.policy_digest) == ("pick_cube", 7, policy.digest)
     env.close()
 
 
@@ -155,9 +160,9 @@ def test_a_chunk_is_handed_out_in_bursts() -> None:
 
 
 def test_bursts_and_single_steps_make_the_same_episode() -> None:
-    """40 steps of a random policy; in a worker 10 are sent at once, then 3, then 1."""
+    """A random policy's steps in a worker, told 3 at once and one by one, and here, told 10 at once."""
     kept = [next(rollout(CONFIG, RandomPolicy(), [7], num_envs=1))]
-    for replan in (None, 3, 1):
+    for replan in (3, 1):
         assert_all_same(rollout(CONFIG, RandomPolicy(), [7], backend="async", replan=replan), kept)
     assert len(kept[0]) == CONFIG.max_steps
 
@@ -261,12 +266,12 @@ def test_no_seeds_no_episodes() -> None:
 
 @pytest.mark.skipif(not device_summary().ok, reason="no Vulkan device SAPIEN accepts: python -m data.sim.driver")
 def test_pictures_do_not_depend_on_the_process() -> None:
-    config = replace(CONFIG, renderer="sapien", image_size=(32, 48), max_steps=8)
-    here = list(rollout(config, ORACLE, [1, 2, 3], num_envs=1))
-    assert here[0].images["head"].shape == (8, 32, 48, 3)
+    config = replace(CONFIG, renderer="sapien", expert=False, image_size=(32, 48), max_steps=25)
+    here = list(rollout(config, RandomPolicy(), [1, 2, 3], num_envs=1))
+    assert here[0].images["head"].shape == (25, 32, 48, 3)
     assert here[0].images["head"].dtype == np.uint8
     assert (here[0].images["head"][0] != here[0].images["head"][7]).any()  # each row has its own
-    there = rollout(config, ORACLE, [3, 2, 1, *range(4, 100)], num_envs=2)
+    there = rollout(config, RandomPolicy(), [3, 2, 1, *range(4, 100)], num_envs=2)
     assert_all_same((next(there) for _ in here), here[::-1])
     assert workers()
     there.close()

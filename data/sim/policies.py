@@ -30,7 +30,8 @@ class Policy(Protocol):
         """Answer n questions with a chunk of H actions each: float32 [n, H, A], in the environment's units.
 
         `observation` has the environment's keys, each with a leading axis n. `seeds` name the episodes, `steps` count
-        from 0 in each. Randomness must be a function of (seed, step), or an episode cannot be done again.
+        from 0 in each. Randomness must be a function of (seed, step), or an episode cannot be done again. The arrays
+        are the lanes' own memory: copy what you keep.
         """
 
 
