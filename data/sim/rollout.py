@@ -11,7 +11,7 @@ else was asked, timing, dead workers.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import batched
@@ -20,11 +20,11 @@ import numpy as np
 
 from data.episode import Episode
 from data.errors import BadInput
-from data.schema import IMAGE, STATE
 from data.sim.config import SimConfig
 from data.sim.execution import EveryNth, TemporalEnsemble, execution
-from data.sim.lanes import Lane, Outcome, Replies, open_lanes, ready
-from data.sim.policies import EXPERT, OraclePolicy, Policy, RandomPolicy
+from data.sim.lanes import Lane, open_lanes, ready
+from data.sim.policies import OraclePolicy, Policy, RandomPolicy
+from data.sim.trial import Trial
 from data.sim.vector import Backend, WorkerDied, resolve_backend
 
 __all__ = ["OraclePolicy", "Policy", "RandomPolicy", "WorkerDied", "rollout"]
@@ -80,98 +80,6 @@ def rollout(
     return run.episodes()
 
 
-class _Rows:
-    """Rows that come by and by, in an array that doubles when it is full: nothing to stack at the end."""
-
-    def __init__(self, like: np.ndarray) -> None:
-        self._array = np.empty((64, *like.shape), like.dtype)
-        self._count = 0
-
-    def extend(self, rows: Sequence[np.ndarray]) -> None:
-        while self._count + len(rows) > len(self._array):
-            self._array = np.concatenate([self._array, np.empty_like(self._array)])
-        for i, row in enumerate(rows, self._count):
-            self._array[i] = row
-        self._count += len(rows)
-
-    def first(self, count: int) -> np.ndarray:
-        return self._array[:count]
-
-
-@dataclass(kw_only=True)
-class _Trial:
-    """One episode while it happens.
-
-    ```
-     seen      o0     o1     o2  ...   what a history of frames, their alignment and padding at reset are drawn from
-     actions      a0     a1      ...
-     outcomes     r0     r1      ...
-    ```
-    """
-
-    index: int  # place of its seed among the seeds
-    seed: int
-    execution: EveryNth | TemporalEnsemble
-    at_reset: dict = field(default_factory=dict)  # the environment's info before the first action
-    latest: dict = field(default_factory=dict)  # and after the last
-    fresh: dict[str, Sequence[np.ndarray]] = field(default_factory=dict)  # seen since the last command
-    seen: dict[str, _Rows] = field(default_factory=dict)  # all of it
-    under_way: np.ndarray | None = None  # actions [k, a] that the lane was told
-    actions: list[np.ndarray] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    def hear(self, replies: Replies) -> int:
-        """Take in the reply to `reset`, or those to the actions under way; the number of steps done."""
-        self.fresh = replies.observation
-        self.latest = replies.outcomes[-1].info
-        if self.under_way is None:
-            self.at_reset = self.latest
-            return 0
-        done = len(replies.outcomes)  # fewer than were told, if the episode ended
-        self.actions.extend(self.under_way[:done])
-        self.outcomes.extend(replies.outcomes)
-        return done
-
-    def question(self) -> dict[str, np.ndarray]:
-        """What the policy is shown."""
-        expert = {EXPERT: self.latest[EXPERT]} if EXPERT in self.latest else {}
-        return {name: rows[-1] for name, rows in self.fresh.items()} | expert
-
-    def keep(self) -> None:
-        """Copy what was heard last, before the lane overwrites it: that is, before the reply to its next command."""
-        for name, rows in self.fresh.items():
-            self.seen.setdefault(name, _Rows(rows[0])).extend(rows)
-
-    @property
-    def over(self) -> bool:
-        return bool(self.outcomes) and self.outcomes[-1].over
-
-    def episode(self, scene: str, policy_digest: str) -> Episode:
-        length = len(self.outcomes)
-
-        def flags(values: Iterable[bool]) -> np.ndarray:
-            return np.fromiter(values, bool, length)
-
-        infos = [outcome.info for outcome in self.outcomes]
-        cameras = [name for name in self.seen if name.startswith(IMAGE)]
-        return Episode(
-            scene=scene,
-            seed=self.seed,
-            task=self.at_reset["task"],
-            policy_digest=policy_digest,
-            randomization=self.at_reset["randomization"],
-            images={name.removeprefix(IMAGE): self.seen[name].first(length) for name in cameras},
-            state=self.seen[STATE].first(length),
-            action=np.stack(self.actions),
-            reward=np.array([outcome.reward for outcome in self.outcomes], np.float32),
-            success=flags(info["success"] for info in infos),
-            terminated=flags(outcome.terminated for outcome in self.outcomes),
-            truncated=flags(outcome.truncated for outcome in self.outcomes),
-            subgoals={name: flags(info["subgoals"][name] for info in infos) for name in self.at_reset["subgoals"]},
-            subgoals_at_reset=self.at_reset["subgoals"],
-        )
-
-
 @dataclass(kw_only=True)
 class _Run:
     """The lanes, and which seed each is at."""
@@ -186,7 +94,7 @@ class _Run:
     together: int
     on_step: Callable[[int], None]
     lanes: list[Lane] = field(default_factory=list)
-    trials: dict[int, _Trial] = field(default_factory=dict)  # by lane; a free lane has none
+    trials: dict[int, Trial] = field(default_factory=dict)  # by lane; a free lane has none
     deaths: Counter = field(default_factory=Counter)  # by seed
 
     def episodes(self) -> Iterator[Episode]:
@@ -220,11 +128,11 @@ class _Run:
                 self._begin(lane, *waiting.popleft())
 
     def _begin(self, lane: int, index: int, seed: int) -> None:
-        self.trials[lane] = _Trial(index=index, seed=seed, execution=self.strategy())
+        self.trials[lane] = Trial(index=index, seed=seed, execution=self.strategy())
         self.policy.reset(lane, seed)
         self.lanes[lane].reset(seed)
 
-    def _hear(self) -> dict[int, _Trial]:
+    def _hear(self) -> dict[int, Trial]:
         """Wait for replies, and return the lanes that gave one, with what happens there."""
         busy = {self.lanes[lane]: lane for lane in self.trials}
         replied = ready(list(busy), STALL_S)
@@ -270,7 +178,7 @@ class _Run:
         trial.under_way = np.clip(trial.execution.next(self.burst), -1, 1, dtype=np.float32)  # recorded as executed
         self.lanes[lane].step(trial.under_way)
 
-    def _ask(self, trials: list[_Trial]) -> np.ndarray:
+    def _ask(self, trials: list[Trial]) -> np.ndarray:
         """Chunks [n, H, A] from the policy. Raises `BadInput` for an answer that is no action."""
         questions = [t.question() for t in trials]
         observation = {name: _stack([q[name] for q in questions]) for name in questions[0]}
