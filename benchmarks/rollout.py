@@ -2,14 +2,15 @@
 
     python benchmarks/rollout.py [--envs 2] [--size 128] [--seconds 4] [--rounds 5] [--json]
 
-* `ours`: `data.sim.rollout` with random actions in chunks of 10: gymnasium, info, sub-goals, shared memory, finished
-  episodes in hand;
+* `ours`: `data.sim.rollout` with actions in chunks of 10: gymnasium, info, sub-goals, shared memory, finished episodes
+  in hand;
 * `ours_single`: the same, told one action at a time, as the scripted expert and temporal ensembling need it;
 * `sapien`: as many processes, each a loop of SAPIEN calls and nothing else: drive targets, physics steps, poses to the
   renderer, two pictures, uint8 copies. No gymnasium, no predicates, no policy, nobody to hand anything to;
 * `lockstep`: gymnasium's own vector environment, all lanes waiting for the slowest: why ours does not.
 
-All build each seed's scene as ours does. Before anything is timed, the pictures of one episode must be equal to the
+All build each seed's scene as ours does, and move the arm in the same way in each episode: a picture's price depends on
+what is in it. Before anything is timed, the pictures of one episode must be equal to the
 last bit. Interleaved rounds, median; starting the processes is reported apart. The target is 150 steps/s and 0.8 of
 `sapien`.
 """
@@ -39,12 +40,25 @@ from data.sim.rollout import rollout
 from data.sim.vector import make_vector, worker_environment
 from data.sim.world import World
 
-STEPS = 80  # per episode; a random policy succeeds in none
+STEPS = 80  # per episode; random actions succeed in none
 
 
-def actions_of(seed: int) -> np.ndarray:
-    """What RandomPolicy does in the episode of `seed`: [STEPS, 8]."""
-    return RandomPolicy(horizon=STEPS).act({}, [""], [seed], [0])[0]
+ACTIONS = RandomPolicy(horizon=STEPS).act({}, [""], [0], [0])[0]  # [STEPS, 8]
+
+
+class Same:
+    """A policy that does the same in every episode, in chunks of `horizon`."""
+
+    digest = "same"
+
+    def __init__(self, horizon: int) -> None:
+        self.horizon = horizon
+
+    def reset(self, lane: int, seed: int) -> None:
+        pass
+
+    def act(self, observation: dict, tasks: list[str], seeds: list[int], steps: list[int]) -> np.ndarray:
+        return np.stack([ACTIONS[step : step + self.horizon] for step in steps])
 
 
 class Bare:
@@ -53,9 +67,8 @@ class Bare:
     def __init__(self, config: SimConfig) -> None:
         self.config = config
         self.env = FlywheelEnv(config)
-        self.actions = actions_of(0)  # as good as any; drawn outside the loop
 
-    def episode(self, seed: int, actions: np.ndarray) -> Iterator[list[np.ndarray]]:
+    def episode(self, seed: int) -> Iterator[list[np.ndarray]]:
         config, scene = self.config, self.env.scene
         drawn = draw(config.randomization, scene, seed)
         looks = self.env._fresh_looks()
@@ -65,7 +78,7 @@ class Bare:
         joints, cameras = robot.active_joints, list(looks._cameras.values())
         seen = [(looks._entities[name], link) for name, link in world._links.items()]
         bodies = [(looks._entities[name], entity) for name, entity in (world._entities | world._clutter).items()]
-        for action in actions:
+        for action in ACTIONS:
             finger = controllers.finger_target(action[-1])
             targets = robot.get_qpos()[:7].astype(float) + controllers.JOINT_STEP * action[:7].astype(float)
             for joint, target in zip(joints, [*targets, finger, finger], strict=True):
@@ -85,7 +98,7 @@ class Bare:
         """Steps done within `seconds`, episode after episode."""
         end, steps, seed = time.perf_counter() + seconds, 0, first_seed
         while True:
-            for _ in self.episode(seed, self.actions):
+            for _ in self.episode(seed):
                 steps += 1
                 if time.perf_counter() >= end:
                     return steps
@@ -144,7 +157,7 @@ def flywheel(config: SimConfig, envs: int, replan: int | None = None) -> Callabl
         steps += n
 
     others = children()
-    policy, seeds = RandomPolicy(horizon=replan or 10), range(1_000_000)
+    policy, seeds = Same(replan or 10), range(1_000_000)
     episodes = rollout(config, policy, seeds, num_envs=envs, replan=replan, backend="async", on_step=count)
     for _ in range(envs):
         next(episodes)  # the processes run, each has built its first scene
@@ -165,7 +178,7 @@ def lockstep(config: SimConfig, envs: int) -> Callable[[float], tuple[float, flo
     vector = make_vector(config, envs, "async")
     workers = children() - others
     vector.reset(seed=list(range(envs)))
-    actions, seed = actions_of(0), envs
+    seed = envs
     # Lanes end episodes at different times, as they do with a policy that sometimes succeeds.
     steps_left = np.array([STEPS - i * STEPS // envs for i in range(envs)])
 
@@ -173,7 +186,7 @@ def lockstep(config: SimConfig, envs: int) -> Callable[[float], tuple[float, flo
         nonlocal seed
         done, cpu, began = 0, cpu_of(workers), time.perf_counter()
         while time.perf_counter() - began < seconds:
-            vector.step(np.stack([actions[STEPS - left] for left in steps_left]))
+            vector.step(np.stack([ACTIONS[STEPS - left] for left in steps_left]))
             done += envs
             steps_left[:] -= 1
             if (over := steps_left == 0).any():
@@ -192,8 +205,8 @@ def alone(measure: Callable[[float], tuple[float, float]], seconds: float) -> tu
 
 def check_equal(config: SimConfig) -> None:
     """The bare loop shows what our rollout shows: image t+1 of an episode is seen after action t."""
-    [episode] = rollout(config, RandomPolicy(), [7], num_envs=1)
-    bare = list(Bare(config).episode(7, actions_of(7)))
+    [episode] = rollout(config, Same(10), [7], num_envs=1)
+    bare = list(Bare(config).episode(7))
     for i, camera in enumerate(config.cameras):
         ours, theirs = episode.images[camera][1:], np.stack([pictures[i] for pictures in bare])[:-1]
         if hashlib.sha256(ours.tobytes()).digest() != hashlib.sha256(theirs.tobytes()).digest():

@@ -12,6 +12,7 @@ import pytest
 from data.episode import Episode
 from data.errors import BadInput
 from data.sim import rollout as rollout_module
+from data.sim import trial
 from data.sim.config import SimConfig
 from data.sim.driver import device_summary
 from data.sim.env import FlywheelEnv
@@ -69,7 +70,8 @@ class Indexed:
     ("policy", "steps", "backend"),
     [(ORACLE, 40, "sync"), (RandomPolicy(), 150, "sync"), (RandomPolicy(), 150, "async")],
 )
-def test_rows_are_those_of_a_plain_gym_loop(policy, steps: int, backend: str) -> None:
+def test_rows_are_those_of_a_plain_gym_loop(policy, steps: int, backend: str, monkeypatch) -> None:
+    monkeypatch.setattr(trial, "MOST_ROOM", 16)  # so that rows outgrow it
     config = replace(CONFIG, max_steps=steps)
     [episode] = rollout(config, policy, [7], backend=backend)
     env = FlywheelEnv(config)

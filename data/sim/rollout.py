@@ -24,6 +24,7 @@ from data.sim.config import SimConfig
 from data.sim.execution import EveryNth, TemporalEnsemble, execution
 from data.sim.lanes import Lane, open_lanes, ready
 from data.sim.policies import OraclePolicy, Policy, RandomPolicy
+from data.sim.registry import SCENES
 from data.sim.trial import Trial
 from data.sim.vector import Backend, WorkerDied, resolve_backend
 
@@ -70,6 +71,7 @@ def rollout(
         config=config,
         policy=policy,
         seeds=list(seeds),
+        max_steps=config.max_steps or SCENES.resolve(config.scene).max_steps,
         lanes_wanted=min(num_envs, len(seeds)),
         backend=resolve_backend(backend, num_envs),
         strategy=strategy,
@@ -87,6 +89,7 @@ class _Run:
     config: SimConfig
     policy: Policy
     seeds: list[int]
+    max_steps: int
     lanes_wanted: int
     backend: Backend
     strategy: Callable[[], EveryNth | TemporalEnsemble]
@@ -128,7 +131,8 @@ class _Run:
                 self._begin(lane, *waiting.popleft())
 
     def _begin(self, lane: int, index: int, seed: int) -> None:
-        self.trials[lane] = Trial(index=index, seed=seed, execution=self.strategy())
+        execution = self.strategy()
+        self.trials[lane] = Trial(index=index, seed=seed, execution=execution, max_steps=self.max_steps)
         self.policy.reset(lane, seed)
         self.lanes[lane].reset(seed)
 

@@ -11,12 +11,14 @@ from data.sim.execution import EveryNth, TemporalEnsemble
 from data.sim.lanes import Outcome, Replies
 from data.sim.policies import EXPERT
 
+MOST_ROOM = 1000  # rows: memory that is not written to costs nothing, but an endless episode must not ask for it all
+
 
 class _Rows:
     """Rows that come by and by, in an array that doubles when it is full: nothing to stack at the end."""
 
-    def __init__(self, like: np.ndarray) -> None:
-        self._array = np.empty((64, *like.shape), like.dtype)
+    def __init__(self, like: np.ndarray, room: int) -> None:
+        self._array = np.empty((room, *like.shape), like.dtype)
         self._count = 0
 
     def extend(self, rows: Sequence[np.ndarray]) -> None:
@@ -41,6 +43,7 @@ class Trial:
     ```
     """
 
+    max_steps: int  # of the environment: how much room to begin with
     index: int  # place of its seed among the seeds
     seed: int
     execution: EveryNth | TemporalEnsemble
@@ -72,7 +75,9 @@ class Trial:
     def keep(self) -> None:
         """Copy what was heard last, before the lane overwrites it: that is, before the reply to its next command."""
         for name, rows in self.fresh.items():
-            self.seen.setdefault(name, _Rows(rows[0])).extend(rows)
+            if name not in self.seen:
+                self.seen[name] = _Rows(rows[0], room=min(self.max_steps, MOST_ROOM) + 1)
+            self.seen[name].extend(rows)
 
     @property
     def over(self) -> bool:
