@@ -14,8 +14,8 @@ check: setup ## style, types, and that imports point one way
 	@.venv/bin/lint-imports
 	@.venv/bin/pyright --pythonpath .venv/bin/python
 
-bench: setup ## each claim of speed, beside its peer
-	@for script in benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script || exit 1; done
+bench: setup ## each claim of speed, beside its peer; what was measured goes to docs/results
+	@.venv/bin/python benchmarks
 
 lock: setup ## resolve pyproject.toml anew
 	@.venv/bin/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header \
