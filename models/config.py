@@ -9,19 +9,34 @@ Precision = Literal["auto", "bf16", "fp32"]  # auto = bf16 where the device comp
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """A pair of names and their options. With a dataset's schema and a horizon it is a `PolicySpec`."""
+class ReaderConfig:
+    """How observations and actions enter a network."""
 
     backbone: str = "resnet"  # registered backbone
     backbone_options: dict[str, Any] = field(default_factory=dict)  # fields of the backbone's Config, e.g. preset
-    head: str = "act"  # registered head
-    head_options: dict[str, Any] = field(default_factory=dict)  # fields of the head's Config, e.g. dim
     normalization: str = "mean_std"  # how state and action are scaled; a mode of data.normalize
     shift: int = 4  # random shift of training pictures, pixels each way (DrQ); 0 = none
     jitter: float = 0.0  # random brightness and contrast of training pictures, as a share; 0 = none
     pad_state: int = 0  # state width inside the network (32 for pi0 weights); 0 = the schema's own
     pad_action: int = 0  # action width inside the network; 0 = the schema's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(ReaderConfig):
+    """A pair of names and their options. With a dataset's schema and a horizon it is a `PolicySpec`."""
+
+    head: str = "act"  # registered head
+    head_options: dict[str, Any] = field(default_factory=dict)  # fields of the head's Config, e.g. dim
     precision: Precision = "auto"  # arithmetic of acting
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig(ReaderConfig):
+    """Twin Q(x, A) and V(x) over chunks."""
+
+    width: int = 256  # of each encoder's answer (512 in the seed design, whose pictures are 256 x 256)
+    layers: int = 2  # hidden layers of the chunk encoder and of each value head
+    joint: bool = False  # Q and V read through one encoder, so that their losses meet in it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -101,6 +101,11 @@ class Context:
     pooled: Float[Tensor, "b d"] | None = None
     tokens: Float[Tensor, "b n d"] | None = None
     token_is_pad: Bool[Tensor, "b n"] | None = None  # None = every token counts
+
+    def repeat(self, k: int) -> "Context":
+        """Each sample k times in a row."""
+        return Context(**{f.name: None if (v := getattr(self, f.name)) is None else v.repeat_interleave(k, dim=0)
+                          for f in fields(self)})  # fmt: skip
 
 
 @runtime_checkable

@@ -71,7 +71,7 @@ def show(summary: dict[str, Any], picture: bytes) -> None:
     )
     create_markdown_artifact(
         f"# {name}: {summary['success']:.0%} on {summary['episodes']} unseen seeds\n\n"
-        f"95 % interval {low:.0%} to {high:.0%}. {summary['decision']}\n\n![score]({image})\n\n"
+        f"95 % interval {low:.0%} to {high:.0%}. {summary.get('decision', '')}\n\n![score]({image})\n\n"
         + "".join(f"* {what}: `{summary[what]}`\n" for what in ("dataset", "checkpoint", "score", "video")),
         key=f"{name}-summary",
         description="what the night brought",
