@@ -134,18 +134,17 @@ class Policy(Reader):
     def in_units(self, chunk: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h a"]:
         """What the head answered, in the environment's units and limits."""
         chunk = self.action.invert(chunk.float()[..., : len(self.spec.schema.action)])
-        low, high = chunk.new_tensor(_limits(self.spec.schema.action))
-        return chunk.clamp(low, high)
+        return within_limits(chunk, self.spec.schema.action)
 
 
-def _limits(action: tuple[Component, ...]) -> list[list[float]]:
-    """Lowest and highest value of each component.
+def within_limits(chunk: Float[Tensor, "*b a"], action: tuple[Component, ...]) -> Float[Tensor, "*b a"]:
+    """`chunk` clipped to the lowest and highest value of each component.
 
     A unit with a number in it ("1", "0.1 rad") is a scale, and the component a command in [-1, 1]; a bare one ("rad")
     has no limit.
     """
-    highest = [1.0 if c.unit[:1].isdigit() else float("inf") for c in action]
-    return [[-h for h in highest], highest]
+    highest = chunk.new_tensor([1.0 if c.unit[:1].isdigit() else float("inf") for c in action])
+    return chunk.clamp(-highest, highest)
 
 
 def _refuse_unfit_pair(backbone: str, backbone_class: Any, head: str, head_class: Any) -> None:
