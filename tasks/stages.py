@@ -5,6 +5,8 @@
    (adopt) |             |
            +--> chunks --+--> train --> evaluate --> (registry)
            +--> dataset -+----------> ^
+
+ train, frames, chunks --> relabel --> branch --> (rollouts, used as those of collect)
 ```
 `collect`, `frames` and `chunks` are made per batch of episodes, so a night costs what is new in it. A stage's key is
 made of its parameters, the digests of its upstream artefacts and of the code it stands on; `flywheel stage` (which
@@ -78,6 +80,20 @@ STAGES: dict[str, Stage] = {
         upstream=("dataset", "frames", "chunks"),
         libraries=("torch",),
         about="a policy checkpoint",
+    ),
+    "relabel": Stage(
+        body="tasks.relabel:propose_actions",
+        upstream=("collect", "adopt", "frames", "chunks", "train"),
+        libraries=("torch", "lerobot", "transformers"),
+        about="the chunks that a policy would have executed, beside those that were",
+        per_batch=True,
+    ),
+    "branch": Stage(
+        body="tasks.branch:record_branches",
+        upstream=("collect", "relabel", "train"),
+        libraries=("sapien", "lerobot", "av", "torch", "transformers"),
+        about="proposals executed in the simulator, as rollouts of their own",
+        per_batch=True,
     ),
     "evaluate": Stage(
         body="tasks.evaluate:score_policy",
