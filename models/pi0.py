@@ -42,7 +42,8 @@ from data.errors import BadInput
 from data.registry import did_you_mean
 from data.schema import IMAGE, Schema
 from data.store import canonical
-from models.checkpoint import read_json, read_tensors, refuse_other_names
+from data.untrusted import fault, parse_json
+from models.checkpoint import read_tensors, refuse_other_names
 from models.devices import best_device
 from models.flow import CONVENTIONS, euler
 from models.policy import within_limits
@@ -241,11 +242,11 @@ def _config(folder: Path) -> Any:
 
     try:
         config: Any = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, draccus.utils.DraccusException) as fault:
-        reason = str(fault).splitlines()[0][:60]
-        raise BadInput(f"{folder / CONFIG}: no configuration of LeRobot 0.6 ({reason}); fetch it again") from None
+    except (OSError, ValueError, TypeError, draccus.utils.DraccusException) as error:
+        said = str(error).partition("\n")[0]
+        raise fault(folder, CONFIG, f"is no configuration of LeRobot 0.6: {said}", "fetch it again") from None
     if config.use_relative_actions:
-        raise BadInput(f"{folder / CONFIG}: use_relative_actions is not supported; use a policy of plain actions")
+        raise fault(folder, CONFIG, "use_relative_actions is not supported", "use a policy of plain actions")
     config.compile_model = config.gradient_checkpointing = False
     return config
 
@@ -262,8 +263,8 @@ def _inputs(folder: Path, config: Any, schema: Schema, cameras: Mapping[str, str
     ):
         if feature is None or feature.shape[0] != width:
             wants = "none" if feature is None else feature.shape[0]
-            hint = "; say which with relabel.state" if what == "state" else "; it acts on another robot"
-            raise BadInput(f"{folder}: {what} has {wants} components, the dataset's {width}{hint}")
+            remedy = "say which with relabel.state" if what == "state" else "it acts on another robot"
+            raise fault(folder, CONFIG, f"{what} has {wants} components, the dataset's {width}", remedy)
     return Inputs(schema=schema, cameras=_cameras(folder, config, schema, cameras), components=components)
 
 
@@ -278,10 +279,10 @@ def _cameras(folder: Path, config: Any, schema: Schema, wanted: Mapping[str, str
         camera = wanted.get(name, "" if name.startswith(EMPTY) else name)
         if camera and camera not in schema.cameras:
             have = ", ".join(schema.cameras)
-            raise BadInput(f"{folder}: camera {name!r} is none of the dataset's ({have}); set relabel.cameras.{name}")
+            raise fault(folder, CONFIG, f"camera {name!r} is none of the dataset's ({have})", "set relabel.cameras")
         taken += [camera] if camera else []
     if not taken:
-        raise BadInput(f"{folder}: no camera of the dataset is shown to the policy; set relabel.cameras")
+        raise fault(folder, CONFIG, "no camera of the dataset is shown to the policy", "set relabel.cameras")
     return tuple(taken)
 
 
@@ -304,7 +305,7 @@ def _processors(folder: Path, config: Any) -> Processors:
     before, after = _steps(folder, BEFORE, makers), _steps(folder, AFTER, makers)
     normalizers = [step for step in before if isinstance(step, NormalizerProcessorStep)]
     if len(normalizers) != 1 or len(after) != 1 or not isinstance(after[0], UnnormalizerProcessorStep):
-        raise BadInput(f"{folder}: {BEFORE} and {AFTER} must scale state and action once each; fetch it again")
+        raise fault(folder, BEFORE, f"it and {AFTER} must scale state and action once each", "fetch it again")
     _refuse_without_numbers(folder, config, normalizers[0], OBS_STATE, config.robot_state_feature)
     _refuse_without_numbers(folder, config, after[0], ACTION, config.action_feature)
     pipeline = PolicyProcessorPipeline(steps=before, name="policy_preprocessor")
@@ -314,12 +315,16 @@ def _processors(folder: Path, config: Any) -> Processors:
 def _steps(folder: Path, file: str, makers: Mapping[str, Any]) -> list[Any]:
     """The steps of a processor file, those that do something here. Their order is the file's: pi0.5 reads the state."""
     made = []
-    for entry in read_json(folder / file).get("steps", []):
+    try:
+        content = parse_json(folder, file, (folder / file).read_bytes())
+    except OSError:
+        raise fault(folder, file, "is missing: how state and actions are scaled is not known", f"get {FETCH}") from None
+    for entry in content["steps"]:
         name, options = entry.get("registry_name"), entry.get("config", {})
         if name in SKIPPED or (name in RELATIVE and not options.get("enabled")):
             continue
         if name not in makers:
-            raise BadInput(f"{folder / file}: step {name or entry.get('class')!r} is not known here; use a plain pi0")
+            raise fault(folder, file, f"step {name or entry.get('class')!r} is not known here", "use a plain pi0")
         step = makers[name](options)
         if entry.get("state_file"):
             step.load_state_dict(read_tensors(folder / Path(entry["state_file"]).name))
@@ -334,7 +339,7 @@ def _refuse_without_numbers(folder: Path, config: Any, step: Any, key: str, feat
         return
     widths = {len(v) for name, v in step.state_dict().items() if name.startswith(f"{key}.") and v.ndim == 1}
     if feature.shape[0] not in widths:
-        raise BadInput(f"{folder}: no statistics to scale {key} with, as a base model has none; get {FETCH}")
+        raise fault(folder, BEFORE, f"no statistics to scale {key} with; a base model has none", f"get {FETCH}")
 
 
 def _norm_digest(*steps: Any) -> str:
@@ -362,10 +367,11 @@ def _fill(policy: Any, path: Path) -> None:
                 tensor = file.get_tensor(inside)
                 if tensor.shape != wanted[name].shape:
                     shapes = f"{list(tensor.shape)}, the model's is {list(wanted[name].shape)}"
-                    raise BadInput(f"{path}: {name[-60:]} is {shapes}; fetch it again")
+                    raise fault(path.parent, path.name, f"{name[-60:]} is {shapes}", "fetch it again")
                 wanted[name].copy_(tensor)
-    except (OSError, SafetensorError) as fault:
-        raise BadInput(f"{path}: cannot be read as safetensors ({type(fault).__name__}); get {FETCH}") from None
+    except (OSError, SafetensorError) as error:
+        said = f"cannot be read as safetensors ({type(error).__name__})"
+        raise fault(path.parent, path.name, said, f"get {FETCH}") from None
 
 
 def _full(name: str) -> str:

@@ -22,6 +22,7 @@ from data.errors import BadInput
 from data.relabel import Ask, folder_digest
 from data.schema import IMAGE, STATE, Schema
 from data.store import canonical
+from data.untrusted import fault
 from models.checkpoint import INDEX, load_policy, read_json
 from models.devices import best_device, threads, usable_threads
 from models.policy import Policy
@@ -148,13 +149,11 @@ def open_proposer(
     if (folder / INDEX).is_file():
         return _of_checkpoint(folder, schema, digest or folder_digest(folder), steps)
     if not (folder / LEROBOT).is_file():
-        raise BadInput(
-            f"{folder}: neither a checkpoint of ours nor LeRobot's pi0 ({INDEX} or {LEROBOT} is missing); "
-            "`flywheel fetch pi0_libero` gets one"
-        )
+        remedy = "`flywheel fetch pi0_libero` gets one"
+        raise fault(folder, LEROBOT, f"is missing, and {INDEX} too: neither LeRobot's pi0 nor a checkpoint", remedy)
     kind = read_json(folder / LEROBOT).get("type")
     if kind not in PI0_KINDS:
-        raise BadInput(f"{folder}: a LeRobot policy of type {kind!r}; proposals come from {' or '.join(PI0_KINDS)}")
+        raise fault(folder, LEROBOT, f"a LeRobot policy of type {kind!r}", f"use {' or '.join(PI0_KINDS)}")
     from models import pi0  # LeRobot and transformers take seconds to import
 
     known = digest or folder_digest(folder)

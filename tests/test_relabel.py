@@ -268,7 +268,7 @@ def test_denoising_steps_can_be_chosen_where_there_are_some(checkpoint, frames, 
 
 
 def test_a_folder_of_nothing_known_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="neither a checkpoint of ours nor LeRobot's pi0.*flywheel fetch"):
+    with pytest.raises(BadInput, match=r"neither LeRobot's pi0 nor a checkpoint.*flywheel fetch"):
         open_proposer(tmp_path, SCHEMA)
 
 
