@@ -35,6 +35,7 @@ from data.schema import TERMINATED, TRUNCATED
 from data.store import canonical
 from data.subgoals import EVENT, Labeler, labeler_digest
 
+EXECUTED = "executed"
 METADATA = "flywheel.chunks"  # key in the parquet file's metadata
 COLUMNS = {
     "episode_index": pl.Int64,
@@ -58,7 +59,7 @@ class ChunkMeta:
     labeler: str  # name of the labeler whose events pay
     labeler_version: int
     labeler_digest: str
-    actions: str = "executed"  # whose actions the rewards belong to; a Q-function learns from "executed" only
+    actions: str = EXECUTED  # whose actions the rewards belong to; a Q-function learns from "executed" only
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ picture twice and be ten times slower.
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float32, Int64, UInt32
 
-from data.chunks import ChunkTable, read_chunks
+from data.chunks import EXECUTED, ChunkTable, read_chunks
 from data.errors import BadInput
 from data.frames import Frames, open_frames
 from data.schema import ACTION, IMAGE, STATE, Schema
@@ -56,6 +56,8 @@ class ChunkSource:
     reward: Float32[np.ndarray, " n"]
     discount: Float32[np.ndarray, " n"]
     task: UInt32[np.ndarray, " n"]  # number of the instruction
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)  # further columns [n ...], by name
+    actions: str = EXECUTED  # whose actions the rewards belong to
 
     def __len__(self) -> int:
         return len(self.start)
@@ -66,19 +68,24 @@ class ChunkSource:
 
     @classmethod
     def open(
-        cls, frames: Sequence[Path], chunks: Sequence[Path], episodes: Sequence[Sequence[int]] | None = None
+        cls,
+        frames: Sequence[Path],
+        chunks: Sequence[Path],
+        episodes: Sequence[Sequence[int]] | None = None,
+        beside: Sequence[Mapping[str, np.ndarray]] | None = None,
     ) -> "ChunkSource":
         """From the folders of frame stores and the files of their chunk tables, in step.
 
-        episodes: for each collection, the episodes to use; None uses all. Raises `BadInput` on collections that do not
-        fit together, or when nothing is left.
+        episodes: for each collection, the episodes to use; None uses all. beside: for each, further columns, whose rows
+        are those of its chunk table. Raises `BadInput` on collections that do not fit together, or when none is left.
         """
         members = [open_frames(path) for path in frames]
         tables = [read_chunks(path) for path in chunks]
         for i, (member, table) in enumerate(zip(members, tables, strict=True)):
             _refuse_misfit(members[0], tables[0], member, table, frames[i], chunks[i])
         wanted = episodes if episodes is not None else [None] * len(members)
-        parts = [_part(i, m, t.rows, e) for i, (m, t, e) in enumerate(zip(members, tables, wanted, strict=True))]
+        used = [_used(t.rows, e) for t, e in zip(tables, wanted, strict=True)]
+        parts = [_part(i, m, t.rows, u) for i, (m, t, u) in enumerate(zip(members, tables, used, strict=True))]
         rows = pl.concat(parts) if parts else pl.DataFrame()
         if not len(rows):
             raise BadInput("no chunk to train on: no episode is left in the training set; collect more episodes")
@@ -90,12 +97,23 @@ class ChunkSource:
             tasks=tuple(tasks),
             horizon=tables[0].meta.config.horizon,
             task=number.to_numpy(),
+            beside=_beside(beside or [], used, chunks),
+            actions=tables[0].meta.actions,
             **{name: rows[name].to_numpy() for name in columns},
         )
 
     def buffers(self, batch_size: int, *, with_next: bool = False) -> Batch:
-        """Arrays for `gather` to fill, again and again."""
-        return _arrays(self.schema, batch_size, self.horizon, with_next)
+        """Arrays for `gather` to fill, again and again.
+
+        with_next is for a Q-function. Raises `BadInput` when the rewards are not those of the table's own actions.
+        """
+        if with_next and self.actions != EXECUTED:
+            raise BadInput(
+                f"the chunk table pairs executed actions' rewards with actions of {self.actions}: no data for a "
+                "Q-function; keep the executed actions, give the others as proposals"
+            )
+        columns = {name: np.empty((batch_size, *c.shape[1:]), c.dtype) for name, c in self.beside.items()}
+        return _arrays(self.schema, batch_size, self.horizon, with_next) | columns
 
     def gather(self, index: Int64[np.ndarray, " b"], into: Batch) -> Batch:
         """The chunks `index`, written into the arrays of `into` (from `buffers`), which is also returned."""
@@ -105,6 +123,8 @@ class ChunkSource:
         into["reward"][:] = self.reward[index]
         into["discount"][:] = self.discount[index]
         into["task"] = [self.tasks[number] for number in self.task[index]]
+        for name, column in self.beside.items():
+            _take(column, index, into[name])
         action_rows = start[:, None] + np.minimum(k, h[:, None] - 1)
         observed = {"": start, NEXT: self.next[index]} if NEXT + STATE in into else {"": start}
         for number, run in _runs(self.member[index]):
@@ -221,13 +241,34 @@ def _runs(member: UInt32[np.ndarray, " b"]) -> Iterator[tuple[int, slice]]:
         yield int(member[first]), slice(first, end)
 
 
-def _part(number: int, frames: Frames, chunks: pl.DataFrame, episodes: Sequence[int] | None) -> pl.DataFrame:
+def _used(chunks: pl.DataFrame, episodes: Sequence[int] | None) -> Int64[np.ndarray, " n"]:
+    """The rows of a chunk table that belong to `episodes`."""
+    if episodes is None:
+        return np.arange(len(chunks))
+    return np.flatnonzero(chunks["episode_index"].is_in(list(episodes)).to_numpy())
+
+
+def _part(number: int, frames: Frames, chunks: pl.DataFrame, used: Int64[np.ndarray, " n"]) -> pl.DataFrame:
     """One collection's rows of the source's index."""
-    if episodes is not None:
-        chunks = chunks.filter(pl.col("episode_index").is_in(list(episodes)))
+    chunks = chunks[used]
     return chunks.select(
         "start", "next", "h", "reward", "discount", member=pl.lit(number, dtype=pl.UInt32)
     ).with_columns(task=frames.rows["task"].gather(chunks["start"]))
+
+
+def _beside(
+    members: Sequence[Mapping[str, np.ndarray]], used: list[Int64[np.ndarray, " n"]], tables: Sequence[Path]
+) -> dict[str, np.ndarray]:
+    """The further columns of all collections, one under another."""
+    if not members:
+        return {}
+    for columns, table in zip(members, tables, strict=True):
+        if columns.keys() != members[0].keys():
+            raise BadInput(f"{table}: has {sorted(columns)} beside it, the first table {sorted(members[0])}; make both")
+    return {
+        name: np.concatenate([columns[name][rows] for columns, rows in zip(members, used, strict=True)])
+        for name in members[0]
+    }
 
 
 def _refuse_misfit(

@@ -30,7 +30,9 @@ from data.errors import BadInput
 from data.normalize import Normalizer
 from data.schema import Schema
 from data.store import MANIFEST, refusing_storage_faults, sha256_file
-from models.policy import Policy, PolicySpec
+from models.critic import Critic
+from models.policy import Policy
+from models.reading import Reader, Spec
 from models.registry import POLICIES
 
 FORMAT = 1
@@ -39,7 +41,7 @@ WEIGHTS, EMA = "weights.safetensors", "ema.safetensors"
 LATEST = "latest"
 
 
-def save_policy(policy: Policy, folder: Path, *, ema: Mapping[str, Tensor] | None = None) -> None:
+def save_policy(policy: Reader, folder: Path, *, ema: Mapping[str, Tensor] | None = None) -> None:
     """Write the deployable files of `policy` into `folder`; `ema` are the averaged weights (default: the weights)."""
     weights = policy.state_dict()
     write_tensors(folder / WEIGHTS, weights)
@@ -60,20 +62,33 @@ def load_policy(
     `fits` is the schema it must have been trained on, `whose` says in words whose schema that is. Raises `BadInput` for
     a file that is missing, damaged or of another kind, a weight that is missing or unknown, and a schema that differs.
     """
+    return _load(path, weights, fits, whose, Policy, "a policy")
+
+
+def load_critic(path: Path | str, *, fits: Schema | None = None, whose: str = "the dataset") -> Critic:
+    """The averaged weights of a critic's checkpoint: what Polyak's target is. Raises `BadInput` as `load_policy`."""
+    return _load(path, "ema", fits, whose, Critic, "a critic")
+
+
+def _load[M: Reader](path: Path | str, weights: str, fits: Schema | None, whose: str, kind: type[M], what: str) -> M:
     path = Path(path)
     verify(path)
     spec = read_spec(path)
+    model_class = POLICIES.resolve(spec.kind)
+    if not issubclass(model_class, kind):
+        raise BadInput(f"{path}: holds a {spec.kind}, not {what}; name a checkpoint of {what}")
     if fits is not None:
         spec.schema.refuse_unless_fits(fits, mine=f"checkpoint {path.name}", others=whose)
     norm = read_json(path / NORM)
     normalizers = {name: Normalizer.from_json(value) for name, value in norm.items()}
-    policy = POLICIES.resolve(spec.kind).restore(spec, normalizers)
-    load_strictly(policy, path / (EMA if weights == "ema" else WEIGHTS))
-    return policy.eval()
+    model = model_class.restore(spec, normalizers)
+    load_strictly(model, path / (EMA if weights == "ema" else WEIGHTS))
+    return model.eval()
 
 
-def read_spec(path: Path) -> PolicySpec:
-    return PolicySpec.from_json(read_json(path / SPEC))
+def read_spec(path: Path) -> Spec[Any]:
+    value = read_json(path / SPEC)
+    return POLICIES.resolve(value["kind"]).Spec.from_json(value)
 
 
 # -- publishing ------------------------------------------------------------------------------------------------------

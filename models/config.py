@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from data.errors import BadInput
 
+Algorithm = Literal["iql", "sarsa_entropy"]
+Imitate = Literal["executed", "best_of_k"]
 Precision = Literal["auto", "bf16", "fp32"]  # auto = bf16 where the device computes in it, fp32 elsewhere
 
 
@@ -37,6 +39,50 @@ class CriticConfig(ReaderConfig):
     width: int = 256  # of each encoder's answer (512 in the seed design, whose pictures are 256 x 256)
     layers: int = 2  # hidden layers of the chunk encoder and of each value head
     joint: bool = False  # Q and V read through one encoder, so that their losses meet in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkCriticConfig:
+    """How Q and V are learnt from executed chunks (`models.phases.chunk_critic`, `chunk_value`)."""
+
+    algorithm: Algorithm = "iql"  # how V is learnt: expectile of executed chunks, or mean over the policy's
+    expectile: float = 0.7  # iql: 0.5 = the mean of what was done, towards 1 = the best of what was done
+    alpha: float = 0.0  # sarsa_entropy: nats of entropy per dimension in units of reward; above 1e-3 it drowns Q
+    tau: float = 0.005  # share of Q that its target takes over per step (Polyak)
+    lambda_v: float = 1.0  # weight of V's loss beside Q's; acts where the two share an encoder (critic.joint)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.expectile < 1:
+            raise BadInput(f"expectile is {self.expectile}; it must be between 0 and 1")
+        if not 0 < self.tau <= 1:
+            raise BadInput(f"tau is {self.tau}; the target takes over a share in (0, 1]")
+        if self.alpha and self.algorithm != "sarsa_entropy":
+            raise BadInput(
+                f"alpha {self.alpha} has no effect in {self.algorithm}; use algorithm sarsa_entropy or alpha 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkPolicyConfig:
+    """How a policy learns from chunks that a critic has judged (`models.phases.chunk_policy`)."""
+
+    beta: float = 1.0  # weight of a chunk = exp(beta * advantage), so 1/beta is a temperature; 0 = cloning
+    max_weight: float = 100.0  # largest weight
+    imitate: Imitate = "executed"  # executed chunks by weight, or the best of the proposals where both Qs agree
+
+    def __post_init__(self) -> None:
+        if self.beta < 0 or self.max_weight < 1:
+            raise BadInput(f"beta {self.beta} must be at least 0 and max_weight {self.max_weight} at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkRLConfig(ChunkCriticConfig, ChunkPolicyConfig):
+    """Q, V and policy at once (`models.phases.chunk_rl`)."""
+
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    lambda_pi: float = 1.0  # weight of the policy's loss; acts with joint
+    joint: bool = False  # one objective through the policy's backbone, instead of three networks that share nothing
+    samples: int = 4  # sarsa_entropy: chunks drawn from the policy per observation, unless proposals are given
 
 
 @dataclass(frozen=True, kw_only=True)

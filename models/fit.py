@@ -12,12 +12,13 @@ the same global batch.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.errors import BadInput
 from models import checkpoint
@@ -25,8 +26,8 @@ from models.config import FitConfig
 from models.devices import threads, usable_threads, uses_bf16
 from models.ema import Ema
 from models.freeze import frozen_digest, train_mode
-from models.policy import Policy
-from models.registry import PHASES
+from models.reading import Reader
+from models.registry import PHASES, configure
 from models.seeds import derive
 from models.training_state import TrainingState
 from models.types import Batch, Phase
@@ -40,7 +41,7 @@ class Diverged(BadInput):
 
 
 def fit(
-    policy: Policy,
+    policy: Reader,
     make_batches: Callable[[int], Iterator[Any]],
     config: FitConfig,
     workdir: Path,
@@ -49,9 +50,13 @@ def fit(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     resume: bool = True,
     phase_name: str = "bc",
+    phase_options: Mapping[str, Any] | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> Path:
     """Train `policy` by the registered phase `phase_name`; returns the folder of the final checkpoint.
+
+    `policy` is what the phase publishes: a `Policy`, or a `Critic` for one that trains a critic. `phase_options` are
+    fields of the phase's Config.
 
     `make_batches(step)` yields global batches from that step on, as `Batch` or as a loader's columns; what it yields
     must be a function of the step. `on_metrics(done, {...})` is called after every step with floats (loss, lr,
@@ -60,8 +65,9 @@ def fit(
 
     Raises `BadInput` when `workdir` holds another run, or one and not `resume`; `Diverged` on NaN or infinity.
     """
-    phase = PHASES.resolve(phase_name)(policy)
-    run = _Run(phase, phase_name, config, Path(workdir), dict(provenance or {}))
+    kind = PHASES.resolve(phase_name)
+    options = configure(kind, phase_options or {}, whose=f"phase {phase_name}")
+    run = _Run(kind(policy, options), phase_name, options, config, Path(workdir), dict(provenance or {}))
     return run(make_batches, on_metrics, on_progress, resume)
 
 
@@ -69,7 +75,13 @@ class _Run:
     """One phase in one folder."""
 
     def __init__(
-        self, phase: Phase, phase_name: str, config: FitConfig, workdir: Path, provenance: Mapping[str, str]
+        self,
+        phase: Phase,
+        phase_name: str,
+        options: Any,
+        config: FitConfig,
+        workdir: Path,
+        provenance: Mapping[str, str],
     ) -> None:
         _refuse_unnamed_state(phase)
         self.config, self.checkpoints = config, workdir / "checkpoints"
@@ -82,10 +94,11 @@ class _Run:
         self.bf16 = uses_bf16(config.precision, self.device)
         self.phase = phase.to(self.device)
         optimizer = _adamw(phase, config)
-        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.objectives = _objectives(optimizer)
         self.state = TrainingState(
             phase=phase,
             phase_name=phase_name,
+            options=asdict(options),
             optimizer=optimizer,
             ema=Ema(phase.policy, config.ema_decay),
             config=config,
@@ -109,7 +122,7 @@ class _Run:
     ) -> Path:
         with threads(self.threads):
             start = self._start(resume)
-            frozen = frozen_digest(self.phase)
+            frozen = frozen_digest(self.phase, without=self.phase.followers())
             batches = make_batches(start) if start < self.config.steps else iter(())
             train_mode(self.phase)
             for step in range(start, self.config.steps):
@@ -118,7 +131,7 @@ class _Run:
                     self._save(step + 1)
                 on_metrics(step + 1, metrics)
                 on_progress(step + 1, self.config.steps)
-            if frozen_digest(self.phase) != frozen:
+            if frozen_digest(self.phase, without=self.phase.followers()) != frozen:
                 raise RuntimeError("a frozen part changed while training: a bug in the phase")
         return self._folder(self.config.steps)
 
@@ -145,8 +158,7 @@ class _Run:
             per_sample, info = self.wrapped(batch, generator)
         loss = per_sample.mean()
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.config.grad_clip)
-        values = {"loss": loss.detach(), "grad_norm": norm, **info}
+        values = {"loss": loss.detach(), **self._clip(), **info}
         # one transfer for all numbers, and before the weights are touched
         numbers: Any = self.accelerator.reduce(torch.stack([v.float() for v in values.values()]), "mean")
         metrics = dict(zip(values, numbers.tolist(), strict=True))
@@ -158,11 +170,20 @@ class _Run:
         self.state.ema.update(step)
         return metrics | {"lr": lr, "samples_per_s": self.config.batch_size / (time.perf_counter() - began)}
 
+    def _clip(self) -> dict[str, Tensor]:
+        """Clip the gradients of each objective; their norms before that, and the largest of them as grad_norm."""
+        norms = {
+            name: torch.as_tensor(self.accelerator.clip_grad_norm_(trained, self.config.grad_clip))
+            for name, trained in self.objectives.items()
+        }
+        named = {f"grad_norm.{name}": norm for name, norm in norms.items() if name}
+        return named | {"grad_norm": torch.stack(list(norms.values())).max()}
+
     def _batch(self, step: int, batches: Iterator[Any]) -> Batch:
         raw = next(batches, None)
         if raw is None:
             raise BadInput(f"the batches ended at step {step} of {self.config.steps}; they must go on for ever")
-        batch = raw if isinstance(raw, Batch) else Batch.of(raw)
+        batch = raw if isinstance(raw, Batch) else self.phase.reads.of(raw)
         if len(batch) != self.config.batch_size:
             raise BadInput(f"a batch of {len(batch)} at step {step}, fit.batch_size is {self.config.batch_size}")
         return batch.rows(slice(self.accelerator.process_index, None, self.world)).to(self.device)
@@ -195,6 +216,7 @@ def _adamw(phase: Phase, config: FitConfig) -> torch.optim.AdamW:
         {
             "params": list(group.parameters.values()),
             "lr_scale": group.lr_scale,
+            "objective": group.objective,
             "weight_decay": config.weight_decay if group.decay else 0.0,
         }
         for group in phase.parameter_groups()
@@ -211,6 +233,14 @@ def _adamw(phase: Phase, config: FitConfig) -> torch.optim.AdamW:
                 "exp_avg_sq": torch.zeros_like(p),
             }
     return optimizer
+
+
+def _objectives(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Parameter]]:
+    """What is clipped together."""
+    together: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        together.setdefault(group["objective"], []).extend(group["params"])
+    return together
 
 
 def _refuse_unnamed_state(phase: Phase) -> None:

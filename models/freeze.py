@@ -1,7 +1,7 @@
 """Frozen means frozen: no gradient, eval mode, the same bytes before and after."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ def frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
         yield from frozen_parts(child)
 
 
-def frozen_digest(module: nn.Module) -> str:
-    """sha256 over the frozen parameters, and the buffers of frozen parts."""
+def frozen_digest(module: nn.Module, *, without: Sequence[nn.Module] = ()) -> str:
+    """sha256 over the frozen parameters, and the buffers of frozen parts, except those of the modules `without`."""
     frozen = {id(t) for part in frozen_parts(module) for t in part.state_dict(keep_vars=True).values()}
     frozen |= {id(p) for p in module.parameters() if not p.requires_grad}
+    frozen -= {id(t) for part in without for t in part.state_dict(keep_vars=True).values()}
     digest = hashlib.sha256()
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) in frozen:

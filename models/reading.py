@@ -95,7 +95,7 @@ class Reader(nn.Module):
             scaled = colour_jitter(scaled, config.jitter, generator)
         return scaled
 
-    def mask(self, action_is_pad: Bool[Tensor, "b h"]) -> Bool[Tensor, "b h a"]:
+    def mask(self, action_is_pad: Bool[Tensor, "*b h"]) -> Bool[Tensor, "*b h a"]:
         """The entries of a chunk that mean something: steps before the episode's end, components of the schema."""
         real = torch.arange(self.spec.action_width, device=action_is_pad.device) < len(self.spec.schema.action)
         return ~action_is_pad[..., None] & real

@@ -11,11 +11,32 @@ from data.registry import Registry, did_you_mean
 
 BACKBONES = Registry("backbone", {"resnet": "models.backbones.resnet:ResNet"})
 
-HEADS = Registry("head", {"act": "models.heads.act:ActHead", "flow": "models.heads.flow:FlowHead"})
+HEADS = Registry(
+    "head",
+    {
+        "act": "models.heads.act:ActHead",
+        "flow": "models.heads.flow:FlowHead",
+        "gaussian": "models.heads.gaussian:GaussianHead",
+    },
+)
 
-POLICIES = Registry("policy", {"pair": "models.policy:Policy"})  # "pair": any backbone with any head that fits it
+POLICIES = Registry(  # what a checkpoint can hold
+    "policy",
+    {
+        "pair": "models.policy:Policy",  # any backbone with any head that fits it
+        "critic": "models.critic:Critic",
+    },
+)
 
-PHASES = Registry("phase", {"bc": "models.phases.bc:BehaviourCloning"})
+PHASES = Registry(
+    "phase",
+    {
+        "bc": "models.phases.bc:BehaviourCloning",
+        "chunk_critic": "models.phases.chunk_critic:ChunkCritic",
+        "chunk_policy": "models.phases.chunk_policy:ChunkPolicy",
+        "chunk_rl": "models.phases.chunk_rl:ChunkRL",
+    },
+)
 
 
 def configure(part: type, options: Mapping[str, Any], *, whose: str) -> Any:

@@ -49,6 +49,7 @@ class TrainingState:
 
     phase: Phase
     phase_name: str
+    options: Mapping[str, Any]  # of the phase
     optimizer: torch.optim.Optimizer
     ema: Ema
     config: FitConfig
@@ -88,6 +89,7 @@ class TrainingState:
     def _header(self) -> dict[str, Any]:
         return {
             "phase": self.phase_name,
+            "options": dict(self.options),
             "parts": sorted(self.phase.parts()),
             "config": asdict(self.config),
             "provenance": dict(self.provenance),
@@ -98,7 +100,7 @@ class TrainingState:
         policy = self.phase.policy
         theirs = {**header, "spec": read_json(folder / SPEC), "norm": read_json(folder / NORM)}
         ours = json.loads(json.dumps({**mine, "spec": policy.spec.to_json(), "norm": policy.norm_to_json()}))
-        for name in ("phase", "parts", "config", "provenance", "spec", "norm"):
+        for name in ("phase", "options", "parts", "config", "provenance", "spec", "norm"):
             where = _first_difference(theirs[name], ours[name], name)
             if where:
                 raise BadInput(

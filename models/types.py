@@ -7,9 +7,9 @@
 ```
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -20,6 +20,8 @@ from data.schema import ACTION, IMAGE, STATE
 ACTION_IS_PAD = "action_is_pad"
 TASK = "task"
 INDEX = "index"  # which chunk of the training set a row is
+NEXT = "next."  # + column: the same at the observation to bootstrap from
+PROPOSALS = "proposals"
 
 Info = dict[str, Tensor]  # name -> detached scalar, for people
 
@@ -66,32 +68,71 @@ class Batch:
         return len(self.action)
 
     @classmethod
-    def of(cls, columns: Mapping[str, Any]) -> "Batch":
+    def of(cls, columns: Mapping[str, Any]) -> Self:
         """From a loader's arrays or tensors under dataset column names."""
+        return cls(**cls._fields_of(columns))
+
+    @classmethod
+    def _fields_of(cls, columns: Mapping[str, Any]) -> dict[str, Any]:
         action = torch.as_tensor(columns[ACTION])
         tasks = columns.get(TASK, [""] * len(action))
-        return cls(
-            observation=Observation.of(columns, tasks),
-            action=action,
-            action_is_pad=torch.as_tensor(columns[ACTION_IS_PAD]),
-            index=tuple(int(i) for i in columns.get(INDEX, ())),
-        )
+        return {
+            "observation": Observation.of(columns, tasks),
+            "action": action,
+            "action_is_pad": torch.as_tensor(columns[ACTION_IS_PAD]),
+            "index": tuple(int(i) for i in columns.get(INDEX, ())),
+        }
 
-    def to(self, device: torch.device) -> "Batch":
-        return replace(
-            self,
-            observation=self.observation.to(device),
-            action=self.action.to(device, non_blocking=True),
-            action_is_pad=self.action_is_pad.to(device, non_blocking=True),
-        )
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device))
 
-    def rows(self, rows: slice) -> "Batch":
-        return Batch(
-            observation=self.observation.rows(rows),
-            action=self.action[rows],
-            action_is_pad=self.action_is_pad[rows],
-            index=self.index[rows],
-        )
+    def rows(self, rows: slice) -> Self:
+        taken = self._each(lambda v: v[rows] if isinstance(v, Tensor) else v.rows(rows))
+        return replace(taken, index=self.index[rows])
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        """With `change` applied to every tensor and observation there is."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor | Observation)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition(Batch):
+    """Chunks with what executing them earned and where it led. Rewards are of `action`, and of no other chunk.
+
+    Proposals carry no reward: they may be ranked, averaged over and imitated, a Q-function never learns from them.
+    """
+
+    next: Observation  # to bootstrap from
+    reward: Float[Tensor, " b"]
+    discount: Float[Tensor, " b"]  # γ^h, or 0 where the task ended inside
+    proposals: Float[Tensor, "b k h a"] | None = None  # what a policy would have done instead
+
+    @classmethod
+    def _fields_of(cls, columns: Mapping[str, Any]) -> dict[str, Any]:
+        values = super()._fields_of(columns)
+        later = {name.removeprefix(NEXT): v for name, v in columns.items() if name.startswith(NEXT)}
+        proposals = columns.get(PROPOSALS)
+        return values | {
+            "next": Observation.of(later, values["observation"].tasks),
+            "reward": torch.as_tensor(columns["reward"]),
+            "discount": torch.as_tensor(columns["discount"]),
+            "proposals": None if proposals is None else torch.as_tensor(proposals),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Batch):
+    """Chunks with a critic's judgement of them (`data.values`)."""
+
+    advantage: Float[Tensor, " b"]  # of the executed chunk: min Q - V
+    best: Float[Tensor, "b h a"] | None = None  # the proposal that both Qs rank first
+    agreed: Bool[Tensor, " b"] | None = None  # whether both Qs do, and put it above V
+
+    @classmethod
+    def _fields_of(cls, columns: Mapping[str, Any]) -> dict[str, Any]:
+        judged = {name: torch.as_tensor(columns[name]) for name in ("advantage", "best", "agreed") if name in columns}
+        return super()._fields_of(columns) | judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,15 +199,24 @@ class ParameterGroup:
     parameters: dict[str, nn.Parameter]  # name -> parameter, names as in the phase's own `named_parameters`
     decay: bool  # whether weight decay applies
     lr_scale: float = 1.0  # of the schedule's learning rate
+    objective: str = ""  # gradients are clipped per objective: one loss's size does not slow another's parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Of a phase that has none."""
 
 
 class Phase(nn.Module):
     """What `fit` trains. Calling it gives a batch's loss per sample, and numbers for people.
 
     Everything it carries from step to step is in `policy` and `parts()`, and nowhere else: what is not named is not
-    saved, so `fit` refuses a phase that holds parameters or buffers outside of them.
+    saved, so `fit` refuses a phase that holds parameters or buffers outside of them. Built as `Class(policy,
+    Config(...))`.
     """
 
+    Config: ClassVar[type] = NoOptions  # frozen dataclass of its options
+    reads: ClassVar[type[Batch]] = Batch  # what a loader's columns become
     policy: Any  # an nn.Module, registered in POLICIES: what is published when the phase ends
 
     def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Float[Tensor, " b"], Info]:
@@ -178,11 +228,23 @@ class Phase(nn.Module):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What the optimizer trains: all that is not frozen, with weight decay on matrices and kernels only."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return self.groups_under("")
+
+    def groups_under(self, *prefixes: str, objective: str = "") -> list[ParameterGroup]:
+        """The trained parameters whose names begin with one of `prefixes`."""
+        trained = {n: p for n, p in self.named_parameters() if p.requires_grad and n.startswith(prefixes)}
         return [
-            ParameterGroup(parameters={n: p for n, p in trained.items() if p.ndim >= 2}, decay=True),
-            ParameterGroup(parameters={n: p for n, p in trained.items() if p.ndim < 2}, decay=False),
+            ParameterGroup(
+                parameters={n: p for n, p in trained.items() if (p.ndim >= 2) is decay},
+                decay=decay,
+                objective=objective,
+            )
+            for decay in (True, False)
         ]
+
+    def followers(self) -> list[nn.Module]:
+        """Frozen modules that `after_step` moves: target networks. Any other frozen part must not change."""
+        return []
 
     def after_step(self, step: int) -> None:
         """What follows optimizer step `step`, counted from 0, such as moving target networks. By default, nothing."""

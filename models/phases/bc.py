@@ -4,13 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.types import Batch, Info, Phase
+from models.types import Batch, Info, NoOptions, Phase
 
 
 class BehaviourCloning(Phase):
     """Trains the policy and carries nothing else."""
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, config: NoOptions) -> None:
         super().__init__()
         self.policy = policy
 
