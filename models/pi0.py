@@ -30,9 +30,11 @@ from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProces
 from lerobot.processor import (
     NormalizerProcessorStep,
     PolicyProcessorPipeline,
+    RelativeActionsProcessorStep,
     TokenizerProcessorStep,
     UnnormalizerProcessorStep,
 )
+from lerobot.processor.relative_action_processor import to_absolute_actions
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -55,9 +57,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
 FETCH = "`flywheel fetch pi0_libero` or another fine-tuned one"
 EMPTY = "empty_camera_"  # LeRobot's name for a camera that never is there
-# What need not happen here: one observation is a batch already, names are mapped by ours, the device is ours.
-SKIPPED = {"rename_observations_processor", "to_batch_processor", "device_processor"}
-RELATIVE = {"relative_actions_processor", "absolute_actions_processor"}
+# What need not happen here: names are mapped and the device is chosen by us, a batch is one already, and actions become
+# absolute in `Processors.in_units`, whenever the relative step is there.
+SKIPPED = {"rename_observations_processor", "to_batch_processor", "device_processor", "absolute_actions_processor"}
 EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 WORDS_OUT = "model.paligemma_with_expert.paligemma.lm_head.weight"
 UNREAD = {WORDS_OUT, "model.paligemma_with_expert.gemma_expert.lm_head.weight"}  # by acting; older files lack them
@@ -97,12 +99,14 @@ class Pi0Proposer:
     def propose(self, observation: Observation, noise: Float[Tensor, "b k ..."]) -> Float[Tensor, "b k h a"]:
         """Chunks in the environment's units, a function of the observation and the noise."""
         b, k = noise.shape[:2]
-        prompt = self._processors.prompt(self._inputs.state(observation), observation.tasks)
+        measured = self._inputs.state(observation).cpu()
+        prompt = self._processors.prompt(measured, observation.tasks)
         prefix = self._read(self._inputs.images(observation, self.policy.config.image_resolution), prompt)
         state = pad(prompt[OBS_STATE], (0, self.policy.config.max_state_dim - prompt[OBS_STATE].shape[-1]))
         velocity = self._velocity(prefix, state.to(self._device), k)
         chunk = euler(CONVENTIONS["noise_at_1"], velocity, noise.to(self._device).flatten(0, 1), self.steps)
-        action = self._processors.in_units(chunk[..., : len(self._inputs.schema.action)].cpu())
+        chunk = chunk[..., : len(self._inputs.schema.action)].cpu()
+        action = self._processors.in_units(chunk, measured.repeat_interleave(k, dim=0))
         return within_limits(action, self._inputs.schema.action).unflatten(0, (b, k))
 
     def _read(self, images: list[Float[Tensor, "b c h w"]], prompt: Mapping[str, Tensor]) -> Prefix:
@@ -204,14 +208,19 @@ class Processors:
 
     before: PolicyProcessorPipeline
     after: UnnormalizerProcessorStep
+    relative: Any  # a RelativeActionsProcessorStep if the policy's actions are relative to the state, else None
     norm_digest: str
 
     def prompt(self, state: Float[Tensor, "b s"], tasks: tuple[str, ...]) -> dict[str, Tensor]:
         """Tokens and their mask, and the state normalised."""
         return self.before({OBS_STATE: state, "task": list(tasks)})
 
-    def in_units(self, chunk: Float[Tensor, "*b a"]) -> Float[Tensor, "*b a"]:
-        return self.after._normalize_action(chunk, inverse=True)
+    def in_units(self, chunk: Float[Tensor, "b h a"], state: Float[Tensor, "b s"]) -> Float[Tensor, "b h a"]:
+        """What the model answered, in the units it learnt; `state` as measured."""
+        action = self.after._normalize_action(chunk, inverse=True)
+        if self.relative is None:
+            return action
+        return to_absolute_actions(action, state, self.relative._build_mask(action.shape[-1]))
 
 
 def load(
@@ -245,8 +254,6 @@ def _config(folder: Path) -> Any:
     except (OSError, ValueError, TypeError, draccus.utils.DraccusException) as error:
         said = str(error).partition("\n")[0]
         raise fault(folder, CONFIG, f"is no configuration of LeRobot 0.6: {said}", "fetch it again") from None
-    if config.use_relative_actions:
-        raise fault(folder, CONFIG, "use_relative_actions is not supported", "use a policy of plain actions")
     config.compile_model = config.gradient_checkpointing = False
     return config
 
@@ -299,6 +306,7 @@ def _processors(folder: Path, config: Any) -> Processors:
         "tokenizer_processor": lambda options: TokenizerProcessorStep(
             **{**options, "tokenizer_name": None, "tokenizer": tokenizer}
         ),
+        "relative_actions_processor": lambda options: RelativeActionsProcessorStep(**options),
         "normalizer_processor": lambda options: NormalizerProcessorStep(**options),
         "unnormalizer_processor": lambda options: UnnormalizerProcessorStep(**options),
     }
@@ -308,8 +316,15 @@ def _processors(folder: Path, config: Any) -> Processors:
         raise fault(folder, BEFORE, f"it and {AFTER} must scale state and action once each", "fetch it again")
     _refuse_without_numbers(folder, config, normalizers[0], OBS_STATE, config.robot_state_feature)
     _refuse_without_numbers(folder, config, after[0], ACTION, config.action_feature)
-    pipeline = PolicyProcessorPipeline(steps=before, name="policy_preprocessor")
-    return Processors(before=pipeline, after=after[0], norm_digest=_norm_digest(normalizers[0], after[0]))
+    relative = next((s for s in before if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
+    if (relative is not None) != config.use_relative_actions:
+        raise fault(folder, BEFORE, f"it and {CONFIG} disagree whether actions are relative", "fetch it again")
+    return Processors(
+        before=PolicyProcessorPipeline(steps=before, name="policy_preprocessor"),
+        after=after[0],
+        relative=relative,
+        norm_digest=_norm_digest(normalizers[0], after[0]),
+    )
 
 
 def _steps(folder: Path, file: str, makers: Mapping[str, Any]) -> list[Any]:
@@ -321,7 +336,7 @@ def _steps(folder: Path, file: str, makers: Mapping[str, Any]) -> list[Any]:
         raise fault(folder, file, "is missing: how state and actions are scaled is not known", f"get {FETCH}") from None
     for entry in content["steps"]:
         name, options = entry.get("registry_name"), entry.get("config", {})
-        if name in SKIPPED or (name in RELATIVE and not options.get("enabled")):
+        if name in SKIPPED:
             continue
         if name not in makers:
             raise fault(folder, file, f"step {name or entry.get('class')!r} is not known here", "use a plain pi0")

@@ -48,10 +48,12 @@ def noise(proposer, k: int = K) -> torch.Tensor:
     return torch.randn(len(TASKS), k, *proposer.noise_shape, generator=torch.Generator().manual_seed(1))
 
 
-def lerobot(folder: Path, observation: Observation, noise: torch.Tensor, leave_out: str = "") -> torch.Tensor:
+def lerobot(
+    folder: Path, observation: Observation, noise: torch.Tensor, leave_out: str = "", relative: bool = False
+) -> torch.Tensor:
     """[b k h a]: LeRobot's own policy and processors, asked once per sample."""
     kind = json.loads((folder / "config.json").read_text())["type"]
-    policy = tiny_pi0.policy(kind, SCHEMA, empty_cameras=1)
+    policy = tiny_pi0.policy(kind, SCHEMA, empty_cameras=1, relative=relative)
     pictures = {
         IMAGE + camera: image.permute(0, 3, 1, 2) / 255
         for camera, image in observation.images.items()
@@ -106,6 +108,14 @@ def test_the_prefix_is_read_once_for_all_samples_and_steps(folder, monkeypatch):
 def test_a_camera_that_is_left_out_is_what_lerobot_makes_of_a_missing_one(folder):
     proposer = open_proposer(folder, SCHEMA, cameras={"wrist": ""})
     theirs = lerobot(folder, OBSERVATION, noise(proposer), leave_out="wrist")
+    torch.testing.assert_close(proposer.propose(OBSERVATION, noise(proposer)), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_actions_relative_to_the_state_come_out_absolute(kind, tmp_path):
+    folder = tiny_pi0.write(tmp_path, kind, SCHEMA, relative=True, empty_cameras=1)
+    proposer = open_proposer(folder, SCHEMA)
+    theirs = lerobot(folder, OBSERVATION, noise(proposer), relative=True)
     torch.testing.assert_close(proposer.propose(OBSERVATION, noise(proposer)), theirs, atol=1e-5, rtol=0)
 
 
@@ -190,7 +200,7 @@ DAMAGE = {
     "unknown step": (lambda f: edit_step(f, "device_processor", registry_name="mystery"), "'mystery' is not known"),
     "class path": (lambda f: edit_step(f, "device_processor", registry_name=None, **{"class": "os.system"}),
                    "'os.system' is not known"),
-    "relative": (lambda f: edit(f, "config.json", use_relative_actions=True), "use_relative_actions"),
+    "relative": (lambda f: edit(f, "config.json", use_relative_actions=True), "disagree whether actions are relative"),
     "alien field": (lambda f: edit(f, "config.json", warp=1), "is no configuration of LeRobot"),
     "alien kind": (lambda f: edit(f, "config.json", type="act"), "of type 'act'; use pi0 or pi05"),
     "no folder": (lambda f: shutil.rmtree(f), "neither LeRobot's pi0 nor.*flywheel fetch"),

@@ -22,7 +22,12 @@ from lerobot.policies.pi05 import modeling_pi05
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
-from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
+from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
+    RelativeActionsProcessorStep,
+    TokenizerProcessorStep,
+    make_default_policy_processor_steps,
+)
 from lerobot.processor.factory import make_policy_processor_pipelines
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from transformers.models.auto import CONFIG_MAPPING as KINDS
@@ -98,7 +103,14 @@ def _hold(config: Any, **values: int) -> None:
 
 
 def policy(
-    kind: str, schema: Schema, *, horizon: int = 6, size: Size = SMALLEST, empty_cameras: int = 0, seed: int = 0
+    kind: str,
+    schema: Schema,
+    *,
+    horizon: int = 6,
+    size: Size = SMALLEST,
+    empty_cameras: int = 0,
+    relative: bool = False,
+    seed: int = 0,
 ) -> Any:
     """A PI0Policy or PI05Policy for the observations of `schema`, every weight random: its gates start at 0."""
     pictures = {f"{OBS_IMAGES}.{camera}": _feature("VISUAL", 3, *schema.image_size) for camera in schema.cameras}
@@ -107,6 +119,7 @@ def policy(
         output_features={ACTION: _feature("ACTION", len(schema.action))},
         chunk_size=horizon, n_action_steps=horizon, empty_cameras=empty_cameras,
         image_resolution=(size.image, size.image), device="cpu", num_inference_steps=4,
+        use_relative_actions=relative, action_feature_names=[c.name for c in schema.action],
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -133,13 +146,20 @@ def processors(folder: Path, config: Any) -> tuple[Any, Any]:
     tokenizer = TokenizerProcessorStep(
         tokenizer=find_tokenizer(folder), max_length=config.tokenizer_max_length, padding_side="right"
     )
+    relative = RelativeActionsProcessorStep(
+        enabled=config.use_relative_actions,
+        exclude_joints=config.relative_exclude_joints,
+        action_names=config.action_feature_names,
+    )
+    absolute = AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative)
     start = [steps.rename_observations, steps.add_batch_dim]
     if config.type == "pi0":
-        steps_in = [*start, Pi0NewLineProcessor(), tokenizer, steps.to_device, steps.normalize]
+        steps_in = [*start, Pi0NewLineProcessor(), tokenizer, steps.to_device, relative, steps.normalize]
     else:
         state = Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim)
-        steps_in = [*start, steps.normalize, state, tokenizer, steps.to_device]
-    return make_policy_processor_pipelines(input_steps=steps_in, output_steps=[steps.unnormalize, steps.to_cpu])
+        steps_in = [*start, relative, steps.normalize, state, tokenizer, steps.to_device]
+    steps_out = [steps.unnormalize, absolute, steps.to_cpu]
+    return make_policy_processor_pipelines(input_steps=steps_in, output_steps=steps_out)
 
 
 def statistics(config: Any) -> dict[str, dict[str, torch.Tensor]]:
