@@ -30,7 +30,6 @@ from data.errors import BadInput
 from data.loader import ChunkSource
 from data.store import MANIFEST, canonical, sha256_file
 
-FILE = "proposals.parquet"
 METADATA = "flywheel.proposals"  # key in the parquet file's metadata
 COLUMN = "relabel."  # + k
 ROW = ("episode_index", "t", "start")  # of the chunk table, repeated so that a misfit is seen
@@ -61,11 +60,11 @@ class Proposals:
     episode: Int64[np.ndarray, " n"]
     t: Int64[np.ndarray, " n"]  # step within the episode
     start: UInt32[np.ndarray, " n"]  # row of the observation
-    actions: Float32[np.ndarray, "n k h a"]
+    array: Float32[np.ndarray, "n k h a"]  # the chunks, in the environment's units
     meta: ProposalMeta
 
     def __len__(self) -> int:
-        return len(self.actions)
+        return len(self.array)
 
 
 def write_proposals(
@@ -122,11 +121,11 @@ def read_proposals(path: Path) -> Proposals:
         meta = ProposalMeta(**json.loads(pl.read_parquet_metadata(path)[METADATA]))
         rows = pl.read_parquet(path)
         samples = [rows[f"{COLUMN}{k}"].to_numpy() for k in range(meta.samples)]
-        actions = np.stack(samples, axis=1).reshape(len(rows), meta.samples, meta.horizon, meta.action)
+        array = np.stack(samples, axis=1).reshape(len(rows), meta.samples, meta.horizon, meta.action)
         episode, t, start = (rows[name].to_numpy() for name in ROW)
     except (OSError, KeyError, TypeError, ValueError, pl.exceptions.PolarsError) as fault:
         raise BadInput(f"{path}: no proposals ({type(fault).__name__}); relabel again") from fault
-    return Proposals(episode=episode, t=t, start=start, actions=actions, meta=meta)
+    return Proposals(episode=episode, t=t, start=start, array=array, meta=meta)
 
 
 def refuse_misfit(proposals: Proposals, path: Path, chunks: Path) -> None:

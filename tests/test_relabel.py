@@ -103,7 +103,7 @@ def written(frames, proposer, tmp_path_factory) -> Path:
 
 def test_each_row_stands_beside_its_chunk_and_says_where_it_comes_from(frames, written, checkpoint):
     proposals, table = read_proposals(written), read_chunks(frames / "chunks.parquet").rows
-    assert proposals.actions.shape == (sum(LENGTHS), 2, H, ACTION) and proposals.actions.dtype == np.float32
+    assert proposals.array.shape == (sum(LENGTHS), 2, H, ACTION) and proposals.array.dtype == np.float32
     for name, column in (("episode_index", proposals.episode), ("t", proposals.t), ("start", proposals.start)):
         np.testing.assert_array_equal(column, table[name].to_numpy())
     meta = proposals.meta
@@ -142,19 +142,19 @@ def test_proposals_are_the_policys_own_for_the_noise_of_their_chunk(frames, writ
     columns = source.gather(row, source.buffers(1))
     alone = asking(proposer, samples=2, seed=0)(columns, ["c0/2/3"])
     assert alone.shape == (1, 2, HORIZON, ACTION)
-    np.testing.assert_allclose(read_proposals(written).actions[9], alone[0, :, :H], atol=1e-5)
+    np.testing.assert_allclose(read_proposals(written).array[9], alone[0, :, :H], atol=1e-5)
 
 
 def test_a_function_of_the_seed_and_of_the_collection(frames, proposer, written, tmp_path):
-    actions = read_proposals(written).actions
+    actions = read_proposals(written).array
     assert relabel(frames, proposer, tmp_path / "again.parquet").read_bytes() == written.read_bytes()
     for option in ({"seed": 1}, {"collection": "c1"}):
-        other = read_proposals(relabel(frames, proposer, tmp_path / "other.parquet", **option)).actions
+        other = read_proposals(relabel(frames, proposer, tmp_path / "other.parquet", **option)).array
         assert (np.abs(other - actions).max(axis=(2, 3)) > 1e-3).all()
     assert (np.abs(actions[:, 0] - actions[:, 1]).max(axis=(1, 2)) > 1e-3).all()  # samples differ
-    more = read_proposals(relabel(frames, proposer, tmp_path / "more.parquet", samples=3)).actions
+    more = read_proposals(relabel(frames, proposer, tmp_path / "more.parquet", samples=3)).array
     np.testing.assert_allclose(more[:, :2], actions, atol=1e-5)  # a further sample changes none before it
-    few = read_proposals(relabel(frames, proposer, tmp_path / "few.parquet", batch_size=3)).actions
+    few = read_proposals(relabel(frames, proposer, tmp_path / "few.parquet", batch_size=3)).array
     np.testing.assert_allclose(few, actions, atol=1e-5)  # up to rounding, the company does not matter
 
 
@@ -235,8 +235,8 @@ def test_nan_is_refused_naming_episode_and_step(frames, proposer, tmp_path):
 
 def test_anything_that_acts_proposes(frames, tmp_path):
     random = ActingProposer(RandomPolicy(action_dims=ACTION, horizon=5), horizon=5)
-    first = read_proposals(relabel(frames, random, tmp_path / "a.parquet")).actions
-    again = read_proposals(relabel(frames, random, tmp_path / "b.parquet")).actions
+    first = read_proposals(relabel(frames, random, tmp_path / "a.parquet")).array
+    again = read_proposals(relabel(frames, random, tmp_path / "b.parquet")).array
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first.reshape(-1, H * ACTION), axis=0)) == 2 * sum(LENGTHS)
 

@@ -84,7 +84,7 @@ def draw_branches(dataset: Dataset, proposals: Proposals, seed: int) -> list[Bra
                 seed=episode_seed,
                 prefix=steps[ACTION].to_numpy()[:t],
                 state=steps[STATE].to_numpy()[t],
-                proposal=proposals.actions[row, sample],
+                proposal=proposals.array[row, sample],
                 sample=sample,
             )
         )
