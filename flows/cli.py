@@ -18,6 +18,7 @@ FLOWS = {
 }
 COMMANDS = {
     "stage": "one stage of a recipe, written where dvc.yaml expects it",
+    "fetch": "published weights of pi0 and its tokenizer, into the store",
     "doctor": "what this machine can do, and the command that mends what it cannot",
     "up": "start Prefect's server and worker and MLflow's pages, deploy the flows, schedule the nightly",
     "down": "end what `up` started",
@@ -41,6 +42,7 @@ class Arguments:
     force: list[str] = field(default_factory=list)
     explain: bool = False
     json: bool = False
+    record: str = ""
     resume: bool = True
     another_night: bool = False
     help: bool = False
@@ -81,6 +83,8 @@ def _flow(command: str, asked: Arguments) -> int:
         running.explain(command, asked)
         return 0
     summary = running.run(command, asked)
+    if asked.record:
+        running.record(summary, asked.record)
     if asked.json:
         print(json.dumps(summary, sort_keys=True))
     return 0
@@ -108,6 +112,8 @@ def parse(rest: Sequence[str]) -> Arguments:
                 value = queue.pop(0)
             if name == "force":
                 asked.force.append(value)
+            elif name == "record":
+                asked.record = value
             else:
                 asked.overrides.append(f"{name}={value}")
         else:

@@ -21,6 +21,10 @@ def _stage(arguments: list[str]) -> int:
     return 0
 
 
+def _fetch(arguments: list[str]) -> int:
+    return import_module("flows.fetch").run(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     _refuse_unknown(arguments, ("--json", "--deep"))
     return import_module("flows.doctor").run(as_json="--json" in arguments, deep="--deep" in arguments)
@@ -61,6 +65,7 @@ def _refuse_unknown(arguments: list[str], known: tuple[str, ...]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "stage": _stage,
+    "fetch": _fetch,
     "doctor": _doctor,
     "up": _up,
     "down": _down,
