@@ -5,6 +5,7 @@ for every other front, and copied to where DVC expects it.
 """
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def dvc_yaml() -> str:
     """The text of dvc.yaml: one DVC stage per row of the stage table."""
     stages: dict[str, Any] = {}
     for name, row in STAGES.items():
-        upstream = [f"store/dvc/{u}" for u in row.upstream if u != "train" or name == "evaluate"]
+        upstream = [f"store/dvc/{u}" for u in row.upstream if not _leads_back(name, u)]
         stages[name] = {
             "desc": row.about,
             "cmd": f"flywheel stage {name} ${{recipe}}",
@@ -34,6 +35,12 @@ def dvc_yaml() -> str:
         }
     head = "# Written by `python -m flows.dvc_front` from the stage table in tasks/stages.py.\n"
     return head + yaml.safe_dump({"stages": stages}, sort_keys=False, width=120)
+
+
+def _leads_back(stage: str, upstream: str) -> bool:
+    """Whether this edge closes a circle: a checkpoint collects rollouts, which train the next one."""
+    names = list(STAGES)
+    return names.index(upstream) >= names.index(stage)
 
 
 def run_stage(name: str, recipe: str) -> None:
@@ -64,10 +71,16 @@ def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
     from tasks.train import train_checkpoint
 
     night = load(recipe, overrides)
-    with begin(night):
+    with begin(night) as current:
+        if night.improve:
+            import_module("flows.improve").improve(night)
+            made = {outcome.ref.key: outcome.ref for outcome in current.outcomes if outcome.stage == name}
+            return list(made.values())
         rollouts, adopted = collect_batches(night), adopt_datasets(night)
         if name in ("collect", "adopt"):
             return rollouts if name == "collect" else adopted
+        if name in ("branch", "relabel", "critic", "compare"):
+            return []  # of a recipe with `improve`
         batches = rollouts + adopted
         if name == "dataset":
             return [aggregate_batches(night, batches)]

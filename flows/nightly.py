@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.improve import improve
 from flows.recipes import load
 from tasks.adopt import adopt_datasets
 from tasks.chunks import chunk_tables
@@ -26,6 +27,8 @@ def nightly(recipe: str = "demo", overrides: list[str] | None = None, another_ni
     night = load(recipe, overrides)
     night = next_night(night) if another_night else night
     with begin(night):
+        if night.improve:
+            return improve(night)
         batches = collect_batches(night) + adopt_datasets(night)
         frames = frame_stores(night, batches)
         chunks = chunk_tables(night, batches)

@@ -7,10 +7,12 @@ from tasks.progress import console
 SHOWN = {  # key of the summary -> what people call it
     "dataset": "dataset",
     "batches": "rollouts",
+    "critic": "critic",
     "checkpoint": "checkpoint",
     "score": "score",
     "video": "video",
     "plot": "plot",
+    "pictures": "pictures",
     "run": "run",
 }
 
@@ -26,6 +28,14 @@ def show(summary: dict[str, Any]) -> None:
             style="bold",
         )
         console.print("  " + ", ".join(f"{name} {rate:.0%}" for name, rate in summary["subgoals"].items()))
+    if "gain_points" in summary:
+        arm = summary["control"]
+        low, high = arm["interval"]
+        console.print(
+            f"cloning continued on the same data: {arm['success']:.0%} ({low:.0%} to {high:.0%}); offline RL gains "
+            f"{summary['gain_points']:+.1f} points on the same seeds, p = {summary['p_value']:.2g} (exact McNemar)",
+            style="bold",
+        )
     if "collected_successes" in summary:
         count, succeeded = summary["collected_episodes"], summary["collected_successes"]
         console.print(f"collected {count} episodes, {succeeded} of them successes", style="bold")
@@ -34,7 +44,7 @@ def show(summary: dict[str, Any]) -> None:
         console.print(f"model {summary['model']} version {summary['model_version']} ({aliases}): {summary['decision']}")
     for key, name in SHOWN.items():
         if value := summary.get(key):
-            text = f"{len(value)} batches, the first {value[0]}" if isinstance(value, list) else value
+            text = f"{len(value)}, the first {value[0]}" if isinstance(value, list) else value
             text = f"MLflow's page {text}" if key == "run" else text
             console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
     console.print(

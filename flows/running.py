@@ -1,10 +1,13 @@
 """Run a flow from the command line: a server that is there, a line per stage, a summary at the end."""
 
+import json
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import BadInput
+from data.paths import root
 from data.registry import did_you_mean
 from data.sim.registry import SCENES
 from flows.recipes import load
@@ -12,6 +15,7 @@ from models.registry import BACKBONES, HEADS
 from tasks.actors import who_acts
 from tasks.adopt import refuse_malformed
 from tasks.progress import console
+from tasks.promote import commit
 from tasks.stages import STAGES, Outcome, Session, session
 
 if TYPE_CHECKING:
@@ -38,6 +42,15 @@ def run(flow: str, asked: "Arguments") -> dict[str, Any]:
     return summary
 
 
+def record(summary: dict[str, Any], file: str) -> None:
+    """Write `summary` and the commit it was made by to `file`."""
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise BadInput(f"--record {file}: {path.parent} is no folder; make it first")
+    text = json.dumps({**summary, "commit": commit()}, indent=1, sort_keys=True)
+    path.write_text(text.replace(f"{root()}/", "") + "\n")
+
+
 def refuse_unknown(asked: "Arguments") -> None:
     """Refuse what is wrong with the request before anything is started."""
     recipe = load(asked.recipe, asked.overrides)
@@ -46,7 +59,8 @@ def refuse_unknown(asked: "Arguments") -> None:
             raise BadInput(f"--force {stage}: unknown stage{did_you_mean(stage, STAGES)}")
     for scene in recipe.scenes:
         SCENES.module(scene)
-    BACKBONES.module(recipe.policy.backbone)
+    for backbone in (recipe.policy.backbone, *([recipe.improve.critic.backbone] if recipe.improve else [])):
+        BACKBONES.module(backbone)
     HEADS.module(recipe.policy.head)
     who_acts(recipe, night=1)
     refuse_malformed(recipe)

@@ -38,7 +38,7 @@ from models.registry import POLICIES
 FORMAT = 1
 INDEX, SPEC, NORM = "checkpoint.json", "spec.json", "norm.json"
 WEIGHTS, EMA = "weights.safetensors", "ema.safetensors"
-LATEST = "latest"
+LATEST, PICTURES = "latest", "pictures"
 
 
 def save_policy(policy: Reader, folder: Path, *, ema: Mapping[str, Tensor] | None = None) -> None:
@@ -130,8 +130,9 @@ def verify(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         raise BadInput(f"{folder}: checkpoint format {index.get('format')}, this program reads {FORMAT}; train anew")
-    # a store that holds this checkpoint adds its own manifest
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX, MANIFEST}
+    # a store that holds this checkpoint adds its own manifest, and what was drawn of the training
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX, MANIFEST}
+    present = {name for name in files if not name.startswith(f"{PICTURES}/")}
     for name in sorted(present ^ set(index["files"])):
         raise BadInput(f"{folder / name}: {'unknown' if name in present else 'missing'}; restore it or train anew")
     for name, expected in index["files"].items():

@@ -24,16 +24,26 @@ def who_acts(recipe: Recipe, night: int) -> tuple[list[Ref], dict[str, Any]]:
     if who == "champion":
         key = _pinned_champion(recipe, night)
         if key is not None:
-            return [_found(key, f"the champion of night {night}")], _as_checkpoint(recipe)
+            return [_found(key, f"the champion of night {night}")], as_checkpoint(recipe)
         who = "oracle"
     if who == "oracle":
         return [], {"kind": "oracle", "noise": recipe.collect.noise}
     if who == "random":
         return [], {"kind": "random"}
-    return [_checkpoint(who)], _as_checkpoint(recipe)
+    return [_checkpoint(who, "collect.policy")], as_checkpoint(recipe)
 
 
-def _as_checkpoint(recipe: Recipe) -> dict[str, Any]:
+def starting_point(folder: str, recipe: Recipe) -> Ref:
+    """The checkpoint that `improve.start` names: a folder, or the registry's champion of this night."""
+    if folder != "champion":
+        return _checkpoint(folder, "improve.start")
+    key = _pinned_champion(recipe, recipe.collect.nights)
+    if key is None:
+        raise BadInput(f"improve.start champion: model {recipe.model} has none yet; leave it empty to clone one first")
+    return _found(key, "the champion")
+
+
+def as_checkpoint(recipe: Recipe) -> dict[str, Any]:
     return {"kind": "checkpoint", "replan": recipe.evaluate.replan}
 
 
@@ -41,6 +51,8 @@ def code_of(checkpoints: list[Ref]) -> tuple[str, ...]:
     """The modules that a checkpoint's acting stands on."""
     parts: list[str] = []
     for ref in checkpoints:
+        if not ref.digest:  # foreseen only (--explain): it is about to be made, and so is what stands on it
+            continue
         policy = Store().manifest(ref)["params"]["policy"]
         parts += acting_code(policy["backbone"], policy["head"])
     return tuple(parts)
@@ -51,18 +63,18 @@ def acting_code(backbone: str, head: str) -> tuple[str, ...]:
     return "models.acting", BACKBONES.module(backbone), HEADS.module(head)
 
 
-def _checkpoint(folder: str) -> Ref:
-    """The published checkpoint artefact in `folder`."""
+def _checkpoint(folder: str, option: str) -> Ref:
+    """The published checkpoint artefact in `folder`, which `option` named."""
     path = Path(folder)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         stage, key = manifest["stage"], manifest["key"]
     except (OSError, ValueError, KeyError):
         hint = did_you_mean(folder, ["oracle", "random", "champion"])
-        raise BadInput(f"collect.policy {folder!r} is no checkpoint artefact of this store{hint}") from None
+        raise BadInput(f"{option} {folder!r} is no checkpoint artefact of this store{hint}") from None
     if stage != "train":
-        raise BadInput(f"collect.policy {folder!r} was made by stage {stage}; name an artefact of train")
-    return _found(key, f"collect.policy {folder!r}")
+        raise BadInput(f"{option} {folder!r} was made by stage {stage}; name an artefact of train")
+    return _found(key, f"{option} {folder!r}")
 
 
 def _pinned_champion(recipe: Recipe, night: int) -> str | None:
@@ -82,5 +94,5 @@ def _pinned_champion(recipe: Recipe, night: int) -> str | None:
 def _found(key: str, whose: str) -> Ref:
     ref, why = Store().find("train", key)
     if ref is None:
-        raise BadInput(f"{whose} is gone from the store ({key[:16]}: {why}); collect with another --collect.policy")
+        raise BadInput(f"{whose} is gone from the store ({key[:16]}: {why}); name another")
     return ref

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data.refs import Ref
 from data.sim.registry import SCENES
 from data.store import Build
-from tasks.actors import code_of, who_acts
+from tasks.actors import as_checkpoint, code_of, who_acts
 from tasks.progress import progress
 from tasks.recipe import Recipe, jsonable, rebuild
 from tasks.stages import Work, ensure
@@ -55,8 +55,24 @@ def collect_batches(recipe: Recipe) -> list[Ref]:
     return [_collect(recipe, batch) for batch in batches_of(recipe)]
 
 
+def collect_own(recipe: Recipe, checkpoint: Ref) -> list[Ref]:
+    """Rollouts of `checkpoint` itself, from which `improve` learns: its successes and its failures."""
+    plan = recipe.improve
+    assert plan is not None
+    last = plan.first_seed + plan.episodes
+    acts = [checkpoint], as_checkpoint(recipe)
+    return [
+        _record(recipe, Batch(scene=scene, night=1, seeds=range(start, min(start + plan.batch, last))), *acts)
+        for scene in recipe.scenes
+        for start in range(plan.first_seed, last, plan.batch)
+    ]
+
+
 def _collect(recipe: Recipe, batch: Batch) -> Ref:
-    upstream, policy = who_acts(recipe, batch.night)
+    return _record(recipe, batch, *who_acts(recipe, batch.night))
+
+
+def _record(recipe: Recipe, batch: Batch, upstream: list[Ref], policy: dict[str, Any]) -> Ref:
     return ensure(
         "collect",
         {

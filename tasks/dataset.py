@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 FILE = "dataset.json"
 
 
-def aggregate_batches(recipe: Recipe, batches: list[Ref]) -> Ref:
-    """One list of all batches; nothing is copied."""
-    params = jsonable(recipe.dataset)
+def aggregate_batches(recipe: Recipe, batches: list[Ref], *, failures: bool | None = None) -> Ref:
+    """One list of all batches; nothing is copied. `failures` overrides the recipe's: a critic learns from them too."""
+    params = jsonable(recipe.dataset) | ({} if failures is None else {"failures": failures})
     del params["sources"]  # they are among the batches
     return ensure("dataset", params, batches, label=f"{len(batches)} batches")
 

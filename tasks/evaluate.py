@@ -1,12 +1,14 @@
 """Evaluation: success on unseen seeds under a protocol whose hash stands on the score."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from data.refs import Ref
 from data.sim.registry import SCENES
 from data.store import Build
 from tasks.actors import acting_code
+from tasks.critic import CRITIC
 from tasks.dataset import read_set
 from tasks.nights import phase_run
 from tasks.progress import progress
@@ -16,12 +18,14 @@ from tasks.stages import Work, ensure
 SCORE, VIDEO, PLOT = "score.json", "episodes.mp4", "score.png"
 
 
-def evaluate_checkpoint(recipe: Recipe, checkpoint: Ref, dataset: Ref) -> Ref:
-    """The checkpoint's score on the recipe's unseen seeds."""
+def evaluate_checkpoint(recipe: Recipe, checkpoint: Ref, dataset: Ref, critic: Ref | None = None) -> Ref:
+    """The checkpoint's score on the recipe's unseen seeds; with a critic, `evaluate.best_of` proposals ranked by it."""
+    asked = jsonable(recipe.evaluate if critic else replace(recipe.evaluate, best_of=1))
+    ranked = [critic] if critic and recipe.evaluate.best_of > 1 else []
     return ensure(
         "evaluate",
-        {"sim": jsonable(recipe.sim), "evaluate": jsonable(recipe.evaluate)},
-        [checkpoint, dataset],
+        {"sim": jsonable(recipe.sim), "evaluate": asked},
+        [checkpoint, dataset, *ranked],
         label=f"{recipe.sim.scene} {recipe.evaluate.episodes} unseen seeds",
         parts=(SCENES.module(recipe.sim.scene), *acting_code(recipe.policy.backbone, recipe.policy.head)),
         execution={"workers": recipe.workers},
@@ -46,7 +50,8 @@ def score_policy(build: Build, work: Work) -> None:
     protocol = EvalProtocol.of(config, seeds, replan=asked["replan"], temporal_ensemble=asked["ensemble"])
     checkpoint, whole = work.upstream("train")[0], read_set(work.upstream("dataset")[0])
     protocol.refuse_collected(whole.collected)
-    policy = acting_policy(checkpoint.dir, checkpoint.digest, config.schema())
+    critic = next((ref.dir / CRITIC for ref in work.upstream("critic")), None)
+    policy = acting_policy(checkpoint.dir, checkpoint.digest, config.schema(), critic=critic, best_of=asked["best_of"])
     workers = work.execution["workers"]
     with phase_run(work) as run:
         tested = self_test(

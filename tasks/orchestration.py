@@ -1,6 +1,7 @@
 """Prefect's side of a stage: a task run per unit of work, cached under the store's own key."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -60,19 +61,33 @@ def run_as_task(inputs: Inputs, label: str, current: Session) -> Outcome:
     return Outcome(stage=inputs.stage, label=label, ref=intact or ref, cached=True, why="intact", seconds=0.0)
 
 
-def show(summary: dict[str, Any], picture: bytes) -> None:
-    """The flow run's artefacts: a summary with its picture, a table of the numbers, links to what was made."""
+def show(summary: dict[str, Any], pictures: list[Path]) -> None:
+    """The flow run's artefacts: a summary with its pictures, a table of the numbers, links to what was made."""
     name = summary["recipe"]
+    prefix = name.lower().replace("_", "-")  # what Prefect takes for a key
     low, high = summary["interval"]
-    image = "data:image/png;base64," + base64.b64encode(picture).decode()
-    create_image_artifact(image_url=image, key=f"{name}-score", description="success with its 95 % interval")
+    images = {path.stem: _inline(path) for path in pictures}
+    for stem, image in images.items():
+        key = f"{prefix}-{stem}".replace("_", "-")
+        create_image_artifact(image_url=image, key=key, description=stem.replace("_", " "))
     create_table_artifact(
-        [{"what": k, "value": str(v)} for k, v in sorted(summary.items()) if k != "seeds"], key=f"{name}-numbers"
+        [{"what": k, "value": str(v)} for k, v in sorted(summary.items()) if k != "seeds"], key=f"{prefix}-numbers"
     )
     create_markdown_artifact(
         f"# {name}: {summary['success']:.0%} on {summary['episodes']} unseen seeds\n\n"
-        f"95 % interval {low:.0%} to {high:.0%}. {summary.get('decision', '')}\n\n![score]({image})\n\n"
+        f"95 % interval {low:.0%} to {high:.0%}. {_gain(summary)}{summary.get('decision', '')}\n\n"
+        + "".join(f"![{stem}]({image})\n" for stem, image in images.items())
         + "".join(f"* {what}: `{summary[what]}`\n" for what in ("dataset", "checkpoint", "score", "video")),
-        key=f"{name}-summary",
+        key=f"{prefix}-summary",
         description="what the night brought",
     )
+
+
+def _gain(summary: dict[str, Any]) -> str:
+    if "gain_points" not in summary:
+        return ""
+    return f"{summary['gain_points']:+.1f} points over cloning continued, p = {summary['p_value']:.2g}. "
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

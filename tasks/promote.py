@@ -1,9 +1,9 @@
 """The registry: a scored checkpoint becomes a model version, and champion if it is the first or better."""
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
-from data.paths import root
 from data.refs import Ref
 from data.store import Store
 from tasks.evaluate import read_score
@@ -35,7 +35,7 @@ def promote_checkpoint(recipe: Recipe, checkpoint: Ref, dataset: Ref, score: Ref
             "dataset": dvc_digest(dataset.dir),
             "dataset_digest": dataset.digest,
             "rollouts": ",".join(sorted({p["digest"][:16] for p in Store().manifest(dataset)["parents"]}))[:4900],
-            "code": _commit(),
+            "code": commit(),
             "protocol": result["protocol"],
             "score": score.key,
             "success_rate": result["success_rate"],
@@ -64,10 +64,10 @@ def _parent(dataset: Ref) -> str:
     return ",".join(sorted(parents)) or "none"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, and whether it was altered."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=root(), capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return described.stdout.strip() or "unversioned"

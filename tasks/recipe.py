@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from data.chunk_config import ChunkConfig
 from data.errors import BadInput
 from data.registry import did_you_mean
+from data.relabel_config import Relabel
 from data.sim.config import SimConfig
-from models.config import FitConfig, PolicyConfig
+from models.config import ChunkCriticConfig, ChunkPolicyConfig, CriticConfig, FitConfig, PolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,23 @@ class Evaluate:
     ensemble: float | None = None  # average overlapping chunks instead, with this m (ACT's temporal ensembling: 0.01)
     self_test: int = 4  # expert episodes recorded and replayed before any score counts
     expert_rate: float = 0.75  # success that the expert must reach in them
+    best_of: int = 1  # chunks proposed per decision, of which the critic's favourite is executed; 1 = no critic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Improve:
+    """How a cloned policy gets better by its own rollouts."""
+
+    start: str = ""  # folder of the checkpoint to improve, or champion; empty = the one this night clones
+    episodes: int = 300  # rollouts of it
+    batch: int = 50  # episodes per committed batch
+    first_seed: int = 100_000  # seed of the first of them
+    relabel: Relabel = field(default_factory=Relabel)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    critic_loss: ChunkCriticConfig = field(default_factory=ChunkCriticConfig)
+    critic_fit: FitConfig = field(default_factory=FitConfig)
+    policy_loss: ChunkPolicyConfig = field(default_factory=ChunkPolicyConfig)
+    fit: FitConfig = field(default_factory=FitConfig)  # of the policy; cloning continued trains alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +86,7 @@ class Recipe:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    improve: Improve | None = None  # none: the night ends with the cloned policy
 
     def __post_init__(self) -> None:
         plan, score = self.collect, self.evaluate
@@ -76,6 +95,8 @@ class Recipe:
         if plan.episodes < (0 if self.dataset.sources else 1):
             raise BadInput("collect.episodes must be at least 1, or 0 together with dataset.sources")
         last = plan.first_seed + plan.nights * plan.episodes
+        if score.best_of > 1 and self.improve is None:
+            raise BadInput(f"evaluate.best_of {score.best_of} ranks by a critic, which only `improve` makes; use 1")
         if plan.first_seed < score.first_seed + score.episodes and score.first_seed < last:
             raise BadInput(
                 f"evaluate.first_seed {score.first_seed}: its seeds are collected (collect.first_seed "

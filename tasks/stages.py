@@ -4,9 +4,10 @@
  collect --+--> frames --+
    (adopt) |             |
            +--> chunks --+--> train --> evaluate --> (registry)
-           +--> dataset -+----------> ^
-
- train, frames, chunks --> relabel --> branch --> (rollouts, used as those of collect)
+           +--> dataset -+------^
+                         |      |
+                         +--> relabel --> critic --+--> train --> evaluate --> compare      when a recipe improves
+                         |       +--> branch (rollouts, used as those of collect)
 ```
 `collect`, `frames` and `chunks` are made per batch of episodes, so a night costs what is new in it. A stage's key is
 made of its parameters, the digests of its upstream artefacts and of the code it stands on; `flywheel stage` (which
@@ -57,29 +58,23 @@ STAGES: dict[str, Stage] = {
     ),
     "frames": Stage(
         body="tasks.frames:decode_frames",
-        upstream=("collect", "adopt"),
+        upstream=("collect", "adopt", "branch"),
         libraries=("av",),
         about="the batch's videos as a memory-mapped uint8 frame store",
         per_batch=True,
     ),
     "chunks": Stage(
         body="tasks.chunks:build_chunk_table",
-        upstream=("collect", "adopt"),
+        upstream=("collect", "adopt", "branch"),
         libraries=("polars",),
         about="sub-goal events and chunk transitions of the batch",
         per_batch=True,
     ),
     "dataset": Stage(
         body="tasks.dataset:aggregate_members",
-        upstream=("collect", "adopt"),
+        upstream=("collect", "adopt", "branch"),
         libraries=(),
         about="the list of batches, the held-out split, the normalisation statistics",
-    ),
-    "train": Stage(
-        body="tasks.train:train_policy",
-        upstream=("dataset", "frames", "chunks"),
-        libraries=("torch",),
-        about="a policy checkpoint",
     ),
     "relabel": Stage(
         body="tasks.relabel:propose_actions",
@@ -95,11 +90,29 @@ STAGES: dict[str, Stage] = {
         about="proposals executed in the simulator, as rollouts of their own",
         per_batch=True,
     ),
+    "critic": Stage(
+        body="tasks.critic:learn_critic",
+        upstream=("dataset", "frames", "chunks", "relabel"),
+        libraries=("torch",),
+        about="Q and V over chunks, and their judgement of every chunk",
+    ),
+    "train": Stage(
+        body="tasks.train:train_policy",
+        upstream=("dataset", "frames", "chunks", "critic", "train"),
+        libraries=("torch",),
+        about="a policy checkpoint",
+    ),
     "evaluate": Stage(
         body="tasks.evaluate:score_policy",
-        upstream=("train", "dataset"),
+        upstream=("train", "dataset", "critic"),
         libraries=("sapien", "torch"),
         about="success on unseen seeds with its interval, videos, plot",
+    ),
+    "compare": Stage(
+        body="tasks.compare:compare_scores",
+        upstream=("evaluate",),
+        libraries=("scipy",),
+        about="two policies on the same seeds: who is better, and how sure that is",
     ),
 }
 

@@ -1,12 +1,16 @@
 """What a flow says at its end: to the terminal, to Prefect's page, to MLflow's parent run."""
 
+from pathlib import Path
 from typing import Any
 
 from data.refs import Ref
+from tasks.compare import read_comparison
+from tasks.critic import ADVANTAGES, CALIBRATION, FILM, read_critic
 from tasks.dataset import read_set
 from tasks.evaluate import PLOT, VIDEO, read_score
 from tasks.recipe import Recipe
 from tasks.stages import current_session
+from tasks.train import EFFECTIVE
 
 
 def summarize(
@@ -17,6 +21,7 @@ def summarize(
     checkpoint: Ref | None = None,
     score: Ref | None = None,
     version: dict[str, Any] | None = None,
+    improvement: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What was made, as plain JSON values; closes the night's MLflow run and leaves Prefect's artefacts."""
     current = current_session()
@@ -31,7 +36,7 @@ def summarize(
         summary |= {"checkpoint": checkpoint.path, "checkpoint_digest": checkpoint.digest}
     if score:
         summary |= _of_score(score)
-    summary |= version or {}
+    summary |= (version or {}) | (improvement or {})
     summary |= {
         "tasks_run": sum(not o.cached for o in current.outcomes),
         "tasks_cached": sum(o.cached for o in current.outcomes),
@@ -40,6 +45,29 @@ def summarize(
     if score:
         _show_in_prefect(summary, score)
     return summary
+
+
+def of_improvement(*, parent: Ref, critic: Ref, improved: Ref, continued: Ref, control: Ref, comparison: Ref) -> dict:
+    """What a cycle of improvement adds to a summary: both arms, and how sure the difference is."""
+    if current_session().dry:
+        return {}
+    found = read_comparison(comparison)
+    return {
+        "gain_points": found["gain_points"],
+        "p_value": found["p_value"],
+        "comparison": {name: found[name] for name in ("episodes", "both", "only_a", "only_b", "neither")},
+        "control": _of_score(control) | {"checkpoint": continued.path, "checkpoint_digest": continued.digest},
+        "parent": parent.path,
+        "parent_digest": parent.digest,
+        "critic": critic.path,
+        "critic_digest": critic.digest,
+        "critic_numbers": read_critic(critic),
+        "pictures": [str(ref.dir / name) for ref, names in _pictures(critic, improved) for name in names],
+    }
+
+
+def _pictures(critic: Ref, improved: Ref) -> list[tuple[Ref, tuple[str, ...]]]:
+    return [(critic, (CALIBRATION, FILM, ADVANTAGES)), (improved, (EFFECTIVE,))]
 
 
 def _of_batches(batches: list[Ref]) -> dict[str, Any]:
@@ -85,6 +113,10 @@ def _close_run(summary: dict[str, Any], score: Ref | None) -> None:
         run.log(0, {"success_rate": summary["success"], "tasks_run": summary["tasks_run"]})
         for name in (VIDEO, PLOT):
             run.artifact(score.dir / name)
+    if "gain_points" in summary:
+        run.log(0, {name: summary[name] for name in ("gain_points", "p_value")})
+    for picture in summary.get("pictures", []):
+        run.artifact(Path(picture))
     if "model_version" in summary:
         run.tag({"flywheel.model_version": summary["model_version"], "flywheel.decision": summary["decision"]})
     run.finish()
@@ -95,4 +127,4 @@ def _show_in_prefect(summary: dict[str, Any], score: Ref) -> None:
     from tasks.orchestration import in_flow, show
 
     if in_flow():
-        show(summary, (score.dir / PLOT).read_bytes())
+        show(summary, [score.dir / PLOT, *map(Path, summary.get("pictures", []))])

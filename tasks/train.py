@@ -1,54 +1,114 @@
-"""Training: a policy from the training set, followed live in MLflow, resumed after a kill where it stopped."""
+"""Training: a policy from the training set, followed live in MLflow, resumed after a kill where it stopped.
 
+```
+ train_checkpoint     a new policy clones what was executed                          phase bc
+ continue_cloning     ... and goes on, on more data                                  phase bc, from a parent's weights
+ improve_checkpoint   the same weights and data, each chunk by what it was worth     phase chunk_policy, with a critic
+```
+"""
+
+import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.refs import Ref
-from data.store import Build
+from data.store import Build, Store
 from models.config import FitConfig, PolicyConfig
 from models.registry import BACKBONES, HEADS, PHASES
 from tasks.chunks import TABLE
+from tasks.critic import proposed, read_values_of
 from tasks.dataset import read_set
 from tasks.nights import phase_run
 from tasks.progress import progress
-from tasks.recipe import Recipe
+from tasks.recipe import Recipe, jsonable
 from tasks.stages import Work, ensure
 
 if TYPE_CHECKING:
-    from data.loader import ChunkSource
+    import numpy as np
 
-PHASE = "bc"  # behaviour cloning
+    from data.loader import ChunkSource
+    from models.policy import Policy
+
+
+BC, CHUNK_POLICY = "bc", "chunk_policy"
 LOG_EVERY = 20  # optimizer steps between two points of a curve
+EFFECTIVE = "pictures/effective_samples.png"
 
 
 def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
-    """The recipe's policy, trained."""
-    whole = recipe.to_json()
-    return ensure(
-        "train",
-        {"policy": whole["policy"], "fit": whole["fit"], "horizon": recipe.chunks.horizon},
+    """The recipe's policy, cloned."""
+    policy = recipe.policy
+    return _ensure(
+        BC,
+        {},
+        jsonable(policy),
+        jsonable(recipe.fit),
+        recipe.chunks.horizon,
         [dataset, *frames, *chunks],
-        label=f"{recipe.policy.backbone} + {recipe.policy.head}",
-        parts=_parts(recipe.policy),
+        label=f"{policy.backbone} + {policy.head}",
     )
 
 
-def _parts(policy: PolicyConfig) -> tuple[str, ...]:
-    """The modules that a policy's names stand for. Raises `BadInput` with a did-you-mean."""
-    return BACKBONES.module(policy.backbone), HEADS.module(policy.head), PHASES.module(PHASE)
+def continue_cloning(recipe: Recipe, parent: Ref, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
+    """What improvement is measured against: cloning goes on for as many steps, on the same data."""
+    assert recipe.improve is not None
+    upstream = [parent, dataset, *frames, *chunks]
+    return _ensure(BC, {}, *_of(parent, recipe), upstream, label="cloning, continued")
+
+
+def improve_checkpoint(
+    recipe: Recipe,
+    parent: Ref,
+    dataset: Ref,
+    frames: list[Ref],
+    chunks: list[Ref],
+    critic: Ref,
+    proposals: list[Ref],
+) -> Ref:
+    """The parent's weights, trained on chunks by what the critic thinks of them."""
+    assert recipe.improve is not None
+    loss = recipe.improve.policy_loss
+    ranked = proposals if loss.imitate == "best_of_k" else []
+    upstream = [parent, dataset, *frames, *chunks, critic, *ranked]
+    return _ensure(CHUNK_POLICY, jsonable(loss), *_of(parent, recipe), upstream, label=f"offline RL, {loss.imitate}")
+
+
+def _of(parent: Ref, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The policy and horizon of the parent's weights, and how long they train."""
+    assert recipe.improve is not None
+    if not parent.digest:  # foreseen only (--explain): the recipe's own is about to be made
+        return jsonable(recipe.policy), jsonable(recipe.improve.fit), recipe.chunks.horizon
+    made = Store().manifest(parent)["params"]
+    return made["policy"], jsonable(recipe.improve.fit), made["horizon"]
+
+
+def _ensure(
+    phase: str,
+    options: dict[str, Any],
+    policy: dict[str, Any],
+    fit: dict[str, Any],
+    horizon: int,
+    upstream: list[Ref],
+    label: str,
+) -> Ref:
+    return ensure(
+        "train",
+        {"policy": policy, "fit": fit, "horizon": horizon, "phase": phase, "options": options},
+        upstream,
+        label=label,
+        parts=(BACKBONES.module(policy["backbone"]), HEADS.module(policy["head"]), PHASES.module(phase)),
+    )
 
 
 def train_policy(build: Build, work: Work) -> None:
     """The body of the `train` stage."""
     from data.loader import batches
     from models.fit import fit
-    from models.policy import Policy, PolicySpec
 
-    params, dataset = work.params, work.upstream("dataset")[0]
-    whole, config = read_set(dataset), FitConfig(**params["fit"])
-    spec = PolicySpec(config=PolicyConfig(**params["policy"]), schema=whole.schema, horizon=params["horizon"])
-    source = _source(work)
+    params, dataset, parents = work.params, work.upstream("dataset")[0], work.upstream("train")
+    config, source = FitConfig(**params["fit"]), _source(work)
+    effective = _Curve(build.work / "effective.jsonl")
     with (
         phase_run(work, datasets=[dataset]) as run,
         progress(work.label, config.steps, "steps") as advance,
@@ -59,19 +119,56 @@ def train_policy(build: Build, work: Work) -> None:
             nonlocal shown
             if step % LOG_EVERY == 0 or step == config.steps:
                 run.log(step, metrics)
+                effective.add(step, metrics.get("ess"))
             advance(step - shown, note=f"loss {metrics['loss']:.4f}")  # the first may follow a checkpoint
             shown = step
 
         final = fit(
-            Policy.build(spec, whole.stats, seed=config.seed),
+            _policy(work),
             lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step),
             config,
             build.work,
-            phase_name=PHASE,
+            phase_name=params["phase"],
+            phase_options=params["options"],
             on_metrics=on_metrics,
-            provenance={"dataset": dataset.digest},
+            provenance={"dataset": dataset.digest} | ({"parent": parents[0].digest} if parents else {}),
         )
     _take(final, build.out)
+    if points := effective.points():
+        from models.critic_pictures import plot_effective_samples
+
+        (build.out / EFFECTIVE).parent.mkdir()
+        plot_effective_samples(points, build.out / EFFECTIVE)
+
+
+class _Curve:
+    """Points that outlive a kill: what is drawn in the end is what an undisturbed run would draw."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, step: int, value: float | None) -> None:
+        if value is not None:
+            with self.path.open("a") as file:
+                file.write(f"[{step}, {value!r}]\n")
+
+    def points(self) -> list[tuple[int, float]]:
+        """In order; a step done again after a kill came out the same and counts once. A torn line was done again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        pairs = [json.loads(line) for line in lines if line.startswith("[") and line.endswith("]")]
+        return sorted({step: value for step, value in pairs}.items())
+
+
+def _policy(work: Work) -> "Policy":
+    """The parent's weights and normalisation, or a new policy fitted to the training set."""
+    from models.checkpoint import load_policy
+    from models.policy import Policy, PolicySpec
+
+    params, whole = work.params, read_set(work.upstream("dataset")[0])
+    if parents := work.upstream("train"):
+        return load_policy(parents[0].dir, fits=whole.schema)
+    spec = PolicySpec(config=PolicyConfig(**params["policy"]), schema=whole.schema, horizon=params["horizon"])
+    return Policy.build(spec, whole.stats, seed=params["fit"]["seed"])
 
 
 def _source(work: Work) -> "ChunkSource":
@@ -83,7 +180,21 @@ def _source(work: Work) -> "ChunkSource":
         [f.dir for f in frames],
         [c.dir / TABLE for c in chunks],
         episodes=[m.train for m in members],
+        beside=_judged(work) if work.upstream("critic") else None,
     )
+
+
+def _judged(work: Work) -> "list[dict[str, np.ndarray]]":
+    """What `models.types.Judged` reads, for each batch."""
+    proposals = work.upstream("relabel")
+    columns = []
+    for i, values in enumerate(read_values_of(work.upstream("critic")[0], len(work.upstream("chunks")))):
+        columns.append({"advantage": values.advantage})
+        if proposals:
+            assert values.best is not None and values.agreed is not None, "the critic ranked what it was given"
+            best = proposed(proposals[i])[range(len(values.best)), values.best]
+            columns[-1] |= {"best": best, "agreed": values.agreed}
+    return columns
 
 
 def _take(checkpoint: Path, out: Path) -> None:

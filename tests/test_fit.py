@@ -368,19 +368,25 @@ def test_nothing_to_train_is_refused(tmp_path):
 class WithCritic(BehaviourCloning):
     """A phase with a part of its own: a head that learns beside the policy, and its slow copy."""
 
-    def __init__(self, policy):
-        super().__init__(policy)
+    def __init__(self, policy, config):
+        super().__init__(policy, config)
         self.critic, self.target = nn.Linear(5, 1), nn.Linear(5, 1).requires_grad_(False)
 
     def forward(self, data, generator):
         loss, info = self.policy(data, generator)
         return loss + (self.critic(data.observation.state) - self.target(data.observation.state)).squeeze(-1) ** 2, info
 
+    def followers(self):
+        return [self.target]
+
     def parts(self):
         return {"critic": self.critic, "target": self.target}
 
 
 class Forgetful(WithCritic):
+    def followers(self):
+        return [self.target]
+
     def parts(self):
         return {"critic": self.critic}
 

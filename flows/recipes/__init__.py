@@ -13,7 +13,9 @@ RECIPES = Registry(
     "recipe",
     {
         "demo": "flows.recipes.demo:demo",
+        "improve": "flows.recipes.improve:improve",
         "debug": "flows.recipes.debug:debug",
+        "improve-debug": "flows.recipes.improve:improve_debug",
     },
 )
 
