@@ -110,7 +110,7 @@ class Hub:
                 f"{self.name} is gated: accept its licence on its page, then `hf auth login`, and try again"
             )
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-        if status in (401, 404) or isinstance(error, errors.HFValidationError):
+        if status in (401, 404) or isinstance(error, errors.HFValidationError | FileNotFoundError):
             return BadInput(f"{self.name}: no such repository, or a private one; check the name, or `hf auth login`")
         if status and status < 500:
             return BadInput(f"{self.name}: the hub answers {status}; try again later")
