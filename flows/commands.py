@@ -21,6 +21,15 @@ def _stage(arguments: list[str]) -> int:
     return 0
 
 
+def _offline_rl(arguments: list[str]) -> int:
+    import tyro
+
+    offline_rl = import_module("tasks.offline_rl")
+    asked = tyro.cli(offline_rl.OfflineRL, args=arguments, prog="flywheel offline-rl")
+    print(offline_rl.run(asked).path)
+    return 0
+
+
 def _fetch(arguments: list[str]) -> int:
     return import_module("flows.fetch").run(arguments)
 
@@ -65,6 +74,7 @@ def _refuse_unknown(arguments: list[str], known: tuple[str, ...]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "stage": _stage,
+    "offline-rl": _offline_rl,
     "fetch": _fetch,
     "doctor": _doctor,
     "up": _up,

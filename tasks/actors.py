@@ -15,10 +15,11 @@ from models.registry import BACKBONES, HEADS
 from tasks.recipe import Recipe
 
 
-def who_acts(recipe: Recipe, night: int) -> tuple[list[Ref], dict[str, Any]]:
+def who_acts(recipe: Recipe, night: int, turn: int = 0) -> tuple[list[Ref], dict[str, Any]]:
     """`(upstream, policy)`: the checkpoint that acts, if it is one, and the stage's parameters for it.
 
-    `champion` is the registry's champion; the oracle acts as long as there is none.
+    `champion` is the registry's champion; the oracle acts as long as there is none. `turn` is the batch's number within
+    its night: demonstrators of unequal skill take turns.
     """
     who = recipe.collect.policy
     if who == "champion":
@@ -27,7 +28,7 @@ def who_acts(recipe: Recipe, night: int) -> tuple[list[Ref], dict[str, Any]]:
             return [_found(key, f"the champion of night {night}")], as_checkpoint(recipe)
         who = "oracle"
     if who == "oracle":
-        return [], {"kind": "oracle", "noise": recipe.collect.noise}
+        return [], {"kind": "oracle", "noise": recipe.collect.noise[turn % len(recipe.collect.noise)]}
     if who == "random":
         return [], {"kind": "random"}
     return [_checkpoint(who, "collect.policy")], as_checkpoint(recipe)

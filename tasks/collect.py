@@ -32,6 +32,7 @@ class Batch:
     scene: str
     night: int  # counted from 1
     seeds: range
+    turn: int = 0  # number within its night and scene
 
     @property
     def label(self) -> str:
@@ -44,10 +45,9 @@ def batches_of(recipe: Recipe) -> Iterator[Batch]:
     for night in range(1, plan.nights + 1):
         first = plan.first_seed + (night - 1) * plan.episodes
         for scene in recipe.scenes:
-            for start in range(first, first + plan.episodes, plan.batch):
-                yield Batch(
-                    scene=scene, night=night, seeds=range(start, min(start + plan.batch, first + plan.episodes))
-                )
+            for turn, start in enumerate(range(first, first + plan.episodes, plan.batch)):
+                seeds = range(start, min(start + plan.batch, first + plan.episodes))
+                yield Batch(scene=scene, night=night, seeds=seeds, turn=turn)
 
 
 def collect_batches(recipe: Recipe) -> list[Ref]:
@@ -69,7 +69,7 @@ def collect_own(recipe: Recipe, checkpoint: Ref) -> list[Ref]:
 
 
 def _collect(recipe: Recipe, batch: Batch) -> Ref:
-    return _record(recipe, batch, *who_acts(recipe, batch.night))
+    return _record(recipe, batch, *who_acts(recipe, batch.night, batch.turn))
 
 
 def _record(recipe: Recipe, batch: Batch, upstream: list[Ref], policy: dict[str, Any]) -> Ref:

@@ -26,7 +26,7 @@ class Collect:
 
     scenes: tuple[str, ...] = ()  # registered scenes; none = sim.scene alone
     policy: str = "oracle"  # who acts: oracle, random, champion, or the folder of a checkpoint
-    noise: float = 0.1  # std of the Gaussian noise on the oracle's arm actions, in action units of [-1, 1]
+    noise: tuple[float, ...] = (0.1,)  # std on the oracle's arm actions, action units; several: batches take turns
     episodes: int = 200  # episodes per scene and night; 0 = learn from dataset.sources alone
     batch: int = 20  # episodes per committed batch: what a kill can cost at most
     nights: int = 1  # nights collected so far, this one included; each adds its own seeds
@@ -92,6 +92,8 @@ class Recipe:
         plan, score = self.collect, self.evaluate
         if min(plan.batch, plan.nights, score.episodes, self.workers) < 1:
             raise BadInput("collect.batch, collect.nights, evaluate.episodes and workers must each be at least 1")
+        if not plan.noise or min(plan.noise) < 0:
+            raise BadInput(f"collect.noise {list(plan.noise)} must be one or more numbers of at least 0")
         if plan.episodes < (0 if self.dataset.sources else 1):
             raise BadInput("collect.episodes must be at least 1, or 0 together with dataset.sources")
         last = plan.first_seed + plan.nights * plan.episodes

@@ -98,7 +98,7 @@ STAGES: dict[str, Stage] = {
     ),
     "train": Stage(
         body="tasks.train:train_policy",
-        upstream=("dataset", "frames", "chunks", "critic", "train"),
+        upstream=("dataset", "frames", "chunks", "relabel", "critic", "train"),
         libraries=("torch",),
         about="a policy checkpoint",
     ),

@@ -39,7 +39,7 @@ EFFECTIVE = "pictures/effective_samples.png"
 def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
     """The recipe's policy, cloned."""
     policy = recipe.policy
-    return _ensure(
+    return train_phase(
         BC,
         {},
         jsonable(policy),
@@ -54,7 +54,7 @@ def continue_cloning(recipe: Recipe, parent: Ref, dataset: Ref, frames: list[Ref
     """What improvement is measured against: cloning goes on for as many steps, on the same data."""
     assert recipe.improve is not None
     upstream = [parent, dataset, *frames, *chunks]
-    return _ensure(BC, {}, *_of(parent, recipe), upstream, label="cloning, continued")
+    return train_phase(BC, {}, *_of(parent, recipe), upstream, label="cloning, continued")
 
 
 def improve_checkpoint(
@@ -71,7 +71,9 @@ def improve_checkpoint(
     loss = recipe.improve.policy_loss
     ranked = proposals if loss.imitate == "best_of_k" else []
     upstream = [parent, dataset, *frames, *chunks, critic, *ranked]
-    return _ensure(CHUNK_POLICY, jsonable(loss), *_of(parent, recipe), upstream, label=f"offline RL, {loss.imitate}")
+    return train_phase(
+        CHUNK_POLICY, jsonable(loss), *_of(parent, recipe), upstream, label=f"offline RL, {loss.imitate}"
+    )
 
 
 def _of(parent: Ref, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -83,21 +85,29 @@ def _of(parent: Ref, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], in
     return made["policy"], jsonable(recipe.improve.fit), made["horizon"]
 
 
-def _ensure(
+def train_phase(
     phase: str,
     options: dict[str, Any],
     policy: dict[str, Any],
     fit: dict[str, Any],
     horizon: int,
     upstream: list[Ref],
+    *,
     label: str,
+    log_every: int = LOG_EVERY,
 ) -> Ref:
+    """A policy trained by the registered `phase`.
+
+    `upstream` has the dataset, its frame stores and chunk tables in step, and what the phase needs beside them: a
+    parent's checkpoint, a critic, proposals.
+    """
     return ensure(
         "train",
         {"policy": policy, "fit": fit, "horizon": horizon, "phase": phase, "options": options},
         upstream,
         label=label,
         parts=(BACKBONES.module(policy["backbone"]), HEADS.module(policy["head"]), PHASES.module(phase)),
+        execution={"log_every": log_every},
     )
 
 
@@ -105,10 +115,12 @@ def train_policy(build: Build, work: Work) -> None:
     """The body of the `train` stage."""
     from data.loader import batches
     from models.fit import fit
+    from models.types import Transition
 
     params, dataset, parents = work.params, work.upstream("dataset")[0], work.upstream("train")
     config, source = FitConfig(**params["fit"]), _source(work)
-    effective = _Curve(build.work / "effective.jsonl")
+    effective, every = _Curve(build.work / "effective.jsonl"), work.execution["log_every"]
+    rewarded = issubclass(PHASES.resolve(params["phase"]).reads, Transition)
     with (
         phase_run(work, datasets=[dataset]) as run,
         progress(work.label, config.steps, "steps") as advance,
@@ -117,7 +129,7 @@ def train_policy(build: Build, work: Work) -> None:
 
         def on_metrics(step: int, metrics: dict[str, float]) -> None:
             nonlocal shown
-            if step % LOG_EVERY == 0 or step == config.steps:
+            if step % every == 0 or step == config.steps:
                 run.log(step, metrics)
                 effective.add(step, metrics.get("ess"))
             advance(step - shown, note=f"loss {metrics['loss']:.4f}")  # the first may follow a checkpoint
@@ -125,7 +137,7 @@ def train_policy(build: Build, work: Work) -> None:
 
         final = fit(
             _policy(work),
-            lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step),
+            lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step, with_next=rewarded),
             config,
             build.work,
             phase_name=params["phase"],
@@ -180,13 +192,15 @@ def _source(work: Work) -> "ChunkSource":
         [f.dir for f in frames],
         [c.dir / TABLE for c in chunks],
         episodes=[m.train for m in members],
-        beside=_judged(work) if work.upstream("critic") else None,
+        beside=_beside(work),
     )
 
 
-def _judged(work: Work) -> "list[dict[str, np.ndarray]]":
-    """What `models.types.Judged` reads, for each batch."""
+def _beside(work: Work) -> "list[dict[str, np.ndarray]] | None":
+    """What `models.types.Judged` reads of each batch beside its chunks, or `Transition`; None for cloning."""
     proposals = work.upstream("relabel")
+    if not work.upstream("critic"):
+        return [{"proposals": proposed(ref)} for ref in proposals] or None
     columns = []
     for i, values in enumerate(read_values_of(work.upstream("critic")[0], len(work.upstream("chunks")))):
         columns.append({"advantage": values.advantage})

@@ -16,7 +16,7 @@ def debug() -> Recipe:
         model="debug-pick-cube",
         workers=1,
         sim=SimConfig(scene="pick_cube", image_size=(32, 32), max_steps=30),
-        collect=Collect(policy="oracle", noise=0.1, episodes=6, batch=3),
+        collect=Collect(policy="oracle", noise=(0.1,), episodes=6, batch=3),
         fit=FitConfig(steps=8, batch_size=4, save_every=2, warmup_steps=2, threads=1),
         evaluate=Evaluate(episodes=2, replan=5, self_test=1, expert_rate=0.5),
     )

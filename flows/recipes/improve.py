@@ -11,7 +11,7 @@ def improve() -> Recipe:
         about="place_in_bin, cloned from 20 demonstrations, then chunk-level offline RL on 300 rollouts of its own",
         model="improve-place-in-bin",
         sim=SimConfig(scene="place_in_bin", image_size=(64, 64)),
-        collect=Collect(policy="oracle", noise=0.1, episodes=20, batch=20),
+        collect=Collect(policy="oracle", noise=(0.1,), episodes=20, batch=20),
         policy=PolicyConfig(backbone="resnet", head="flow", backbone_options={"grid": 0}, shift=2),
         fit=FitConfig(steps=800, batch_size=64, lr=1e-3, save_every=200),
         evaluate=Evaluate(episodes=200, replan=5),
@@ -36,7 +36,7 @@ def improve_debug() -> Recipe:
         model="debug-improve",
         workers=1,
         sim=SimConfig(scene="pick_cube", image_size=(32, 32), max_steps=30),
-        collect=Collect(policy="oracle", noise=0.1, episodes=4, batch=4),
+        collect=Collect(policy="oracle", noise=(0.1,), episodes=4, batch=4),
         policy=PolicyConfig(
             backbone="resnet", head="flow", backbone_options=tiny, head_options={"dim": 16, "steps": 2}
         ),
