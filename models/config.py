@@ -102,13 +102,16 @@ class FitConfig:
     precision: Precision = "auto"  # arithmetic of the forward pass
     save_every: int = 500  # steps between checkpoints; what a kill can cost at most
     threads: int = 0  # CPU threads; 0 = as many as this process may use
+    processes: int = 1  # ranks on this machine (DDP), one per GPU; a batch is shared out among them
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every"):
+        for name in ("steps", "batch_size", "save_every", "processes"):
             if getattr(self, name) < 1:
                 raise BadInput(f"fit.{name} is {getattr(self, name)}; it must be at least 1")
         for name, value in (("ema_decay", self.ema_decay), ("betas", min(self.betas)), ("betas", max(self.betas))):
             if not 0 <= value < 1:
                 raise BadInput(f"fit.{name} is {value}; it must be in [0, 1)")
+        if self.batch_size % self.processes:
+            raise BadInput(f"fit.batch_size {self.batch_size} does not divide among {self.processes} processes")
         if self.lr <= 0 or self.grad_clip <= 0:
             raise BadInput(f"fit.lr and fit.grad_clip must be positive, not {self.lr} and {self.grad_clip}")

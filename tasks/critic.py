@@ -2,19 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.refs import Ref
 from data.store import Build
-from models.config import CriticConfig, FitConfig
+from models.config import CriticConfig
 from models.registry import BACKBONES, PHASES
 from tasks.chunks import TABLE
 from tasks.dataset import read_set
-from tasks.nights import phase_run
 from tasks.progress import progress
 from tasks.recipe import Recipe, jsonable
 from tasks.stages import Work, ensure
+from tasks.training import Job, trained
 
 if TYPE_CHECKING:
     from data.loader import ChunkSource
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
 PHASE = "chunk_critic"
 CRITIC, SUMMARY = "critic", "critic.json"  # the checkpoint's folder, and numbers for people
-CALIBRATION, FILM, ADVANTAGES = "calibration.png", "value_film.png", "advantages.png"
-LOG_EVERY = 20  # optimizer steps between two points of a curve
+CALIBRATION, FILM = "calibration.png", "value_film.png"
 
 
 def train_critic(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref], proposals: list[Ref]) -> Ref:
@@ -37,7 +37,6 @@ def train_critic(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[R
             "loss": jsonable(asked.critic_loss),
             "fit": jsonable(asked.critic_fit),
             "horizon": recipe.chunks.horizon,
-            "shown": {"beta": asked.policy_loss.beta, "max_weight": asked.policy_loss.max_weight},
         },
         [dataset, *frames, *chunks, *proposals],
         label=f"{asked.critic_loss.algorithm} over {len(frames)} batches",
@@ -61,7 +60,7 @@ def learn_critic(build: Build, work: Work) -> None:
     """The body of the `critic` stage."""
     from models.checkpoint import load_critic
 
-    checkpoint = _train(build, work)
+    checkpoint = trained(build, work, critic_job, note=lambda m: f"Q loss {m['q_loss']:.4f}, V {m['v']:.2f}")
     critic = load_critic(checkpoint)
     shutil.copytree(checkpoint, build.out / CRITIC, dirs_exist_ok=True)
     sources = [_source(work, only=i) for i in range(len(work.upstream("frames")))]
@@ -70,38 +69,28 @@ def learn_critic(build: Build, work: Work) -> None:
     (build.out / SUMMARY).write_text(json.dumps(numbers, indent=1, sort_keys=True))
 
 
-def _train(build: Build, work: Work) -> Path:
+def critic_job(job: Job, on_metrics: Callable[[int, dict[str, float]], None]) -> Path:
+    """One rank's part of the training."""
     from data.loader import batches
     from models.critic import Critic, CriticSpec
     from models.fit import fit
 
-    params, dataset = work.params, work.upstream("dataset")[0]
-    whole, config = read_set(dataset), FitConfig(**params["fit"])
+    params, dataset, config = job.params, job.upstream("dataset")[0], job.fit
+    whole, source = read_set(dataset), _source(job)
     spec = CriticSpec(config=CriticConfig(**params["critic"]), schema=whole.schema, horizon=params["horizon"])
-    source = _source(work)
-    with phase_run(work, datasets=[dataset]) as run, progress(work.label, config.steps, "steps") as advance:
-        shown = 0
-
-        def on_metrics(step: int, metrics: dict[str, float]) -> None:
-            nonlocal shown
-            if step % LOG_EVERY == 0 or step == config.steps:
-                run.log(step, metrics)
-            advance(step - shown, note=f"Q loss {metrics['q_loss']:.4f}, V {metrics['v']:.2f}")
-            shown = step
-
-        return fit(
-            Critic.build(spec, whole.stats, seed=config.seed),
-            lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step, with_next=True),
-            config,
-            build.work,
-            phase_name=PHASE,
-            phase_options=params["loss"],
-            on_metrics=on_metrics,
-            provenance={"dataset": dataset.digest},
-        )
+    return fit(
+        Critic.build(spec, whole.stats, seed=config.seed),
+        lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step, with_next=True),
+        config,
+        job.folder,
+        phase_name=PHASE,
+        phase_options=params["loss"],
+        on_metrics=on_metrics,
+        provenance={"dataset": dataset.digest},
+    )
 
 
-def _source(work: Work, only: int | None = None) -> "ChunkSource":
+def _source(work: Work | Job, only: int | None = None) -> "ChunkSource":
     """The training episodes of all batches, or everything in one of them; proposals beside them if there are."""
     from data.loader import ChunkSource
 
@@ -147,14 +136,13 @@ def _pictures(out: Path, work: Work, judged: "list[Values]") -> dict[str, float]
 
     from data.chunks import read_chunks
     from data.values import realised_return
-    from models.critic_pictures import plot_advantages, plot_calibration
+    from models.critic_pictures import plot_calibration
 
     tables = [read_chunks(ref.dir / TABLE) for ref in work.upstream("chunks")]
     realised = np.concatenate([realised_return(t) for t in tables])
     q = np.concatenate([v.q.min(axis=1) for v in judged])
     advantage = np.concatenate([v.advantage for v in judged])
     plot_calibration(q, realised, out / CALIBRATION)
-    plot_advantages(advantage, **work.params["shown"], path=out / ADVANTAGES)
     _film(out / FILM, work, tables, judged)
     agreed = [v.agreed for v in judged if v.agreed is not None]
     return {

@@ -5,12 +5,12 @@ from typing import Any
 
 from data.refs import Ref
 from tasks.compare import read_comparison
-from tasks.critic import ADVANTAGES, CALIBRATION, FILM, read_critic
+from tasks.critic import CALIBRATION, FILM, read_critic
 from tasks.dataset import read_set
 from tasks.evaluate import PLOT, VIDEO, read_score
 from tasks.recipe import Recipe
 from tasks.stages import current_session
-from tasks.train import EFFECTIVE
+from tasks.train import ADVANTAGES, EFFECTIVE
 
 
 def summarize(
@@ -67,7 +67,7 @@ def of_improvement(*, parent: Ref, critic: Ref, improved: Ref, continued: Ref, c
 
 
 def _pictures(critic: Ref, improved: Ref) -> list[tuple[Ref, tuple[str, ...]]]:
-    return [(critic, (CALIBRATION, FILM, ADVANTAGES)), (improved, (EFFECTIVE,))]
+    return [(critic, (CALIBRATION, FILM)), (improved, (ADVANTAGES, EFFECTIVE))]
 
 
 def _of_batches(batches: list[Ref]) -> dict[str, Any]:

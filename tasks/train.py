@@ -9,20 +9,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.refs import Ref
 from data.store import Build, Store
-from models.config import FitConfig, PolicyConfig
+from models.config import PolicyConfig
 from models.registry import BACKBONES, HEADS, PHASES
 from tasks.chunks import TABLE
 from tasks.critic import proposed, read_values_of
 from tasks.dataset import read_set
-from tasks.nights import phase_run
-from tasks.progress import progress
 from tasks.recipe import Recipe, jsonable
 from tasks.stages import Work, ensure
+from tasks.training import LOG_EVERY, Job, trained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 
 BC, CHUNK_POLICY = "bc", "chunk_policy"
-LOG_EVERY = 20  # optimizer steps between two points of a curve
-EFFECTIVE = "pictures/effective_samples.png"
+EFFECTIVE, ADVANTAGES = "pictures/effective_samples.png", "pictures/advantages.png"
 
 
 def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
@@ -113,44 +112,51 @@ def train_phase(
 
 def train_policy(build: Build, work: Work) -> None:
     """The body of the `train` stage."""
+    effective = _Curve(build.work / "effective.jsonl")
+    final = trained(
+        build,
+        work,
+        train_job,
+        note=lambda metrics: f"loss {metrics['loss']:.4f}",
+        on_point=lambda step, metrics: effective.add(step, metrics.get("ess")),
+    )
+    shutil.copytree(final, build.out, dirs_exist_ok=True)  # all of it: later training may go on from its state
+    if work.upstream("critic"):
+        _draw(build.out, work, effective.points())
+
+
+def _draw(out: Path, work: Work, effective: list[tuple[int, float]]) -> None:
+    """How unequally the chunks counted: which advantages there are, and how many samples of a batch were in effect."""
+    import numpy as np
+
+    from models.critic_pictures import plot_advantages, plot_effective_samples
+
+    judged = read_values_of(work.upstream("critic")[0], len(work.upstream("chunks")))
+    (out / EFFECTIVE).parent.mkdir()
+    plot_effective_samples(effective, out / EFFECTIVE)
+    beta, max_weight = work.params["options"]["beta"], work.params["options"]["max_weight"]
+    plot_advantages(np.concatenate([v.advantage for v in judged]), beta, max_weight, out / ADVANTAGES)
+
+
+def train_job(job: Job, on_metrics: Callable[[int, dict[str, float]], None]) -> Path:
+    """One rank's part of a training."""
     from data.loader import batches
     from models.fit import fit
     from models.types import Transition
 
-    params, dataset, parents = work.params, work.upstream("dataset")[0], work.upstream("train")
-    config, source = FitConfig(**params["fit"]), _source(work)
-    effective, every = _Curve(build.work / "effective.jsonl"), work.execution["log_every"]
+    params, config, source = job.params, job.fit, _source(job)
+    dataset, parents = job.upstream("dataset")[0], job.upstream("train")
     rewarded = issubclass(PHASES.resolve(params["phase"]).reads, Transition)
-    with (
-        phase_run(work, datasets=[dataset]) as run,
-        progress(work.label, config.steps, "steps") as advance,
-    ):
-        shown = 0
-
-        def on_metrics(step: int, metrics: dict[str, float]) -> None:
-            nonlocal shown
-            if step % every == 0 or step == config.steps:
-                run.log(step, metrics)
-                effective.add(step, metrics.get("ess"))
-            advance(step - shown, note=f"loss {metrics['loss']:.4f}")  # the first may follow a checkpoint
-            shown = step
-
-        final = fit(
-            _policy(work),
-            lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step, with_next=rewarded),
-            config,
-            build.work,
-            phase_name=params["phase"],
-            phase_options=params["options"],
-            on_metrics=on_metrics,
-            provenance={"dataset": dataset.digest} | ({"parent": parents[0].digest} if parents else {}),
-        )
-    _take(final, build.out)
-    if points := effective.points():
-        from models.critic_pictures import plot_effective_samples
-
-        (build.out / EFFECTIVE).parent.mkdir()
-        plot_effective_samples(points, build.out / EFFECTIVE)
+    return fit(
+        _policy(job),
+        lambda step: batches(source, config.batch_size, seed=config.seed, start_step=step, with_next=rewarded),
+        config,
+        job.folder,
+        phase_name=params["phase"],
+        phase_options=params["options"],
+        on_metrics=on_metrics,
+        provenance={"dataset": dataset.digest} | ({"parent": parents[0].digest} if parents else {}),
+    )
 
 
 class _Curve:
@@ -171,46 +177,41 @@ class _Curve:
         return sorted({step: value for step, value in pairs}.items())
 
 
-def _policy(work: Work) -> "Policy":
+def _policy(job: Job) -> "Policy":
     """The parent's weights and normalisation, or a new policy fitted to the training set."""
     from models.checkpoint import load_policy
     from models.policy import Policy, PolicySpec
 
-    params, whole = work.params, read_set(work.upstream("dataset")[0])
-    if parents := work.upstream("train"):
+    params, whole = job.params, read_set(job.upstream("dataset")[0])
+    if parents := job.upstream("train"):
         return load_policy(parents[0].dir, fits=whole.schema)
     spec = PolicySpec(config=PolicyConfig(**params["policy"]), schema=whole.schema, horizon=params["horizon"])
     return Policy.build(spec, whole.stats, seed=params["fit"]["seed"])
 
 
-def _source(work: Work) -> "ChunkSource":
+def _source(job: Job) -> "ChunkSource":
     from data.loader import ChunkSource
 
-    members = read_set(work.upstream("dataset")[0]).members
-    frames, chunks = work.upstream("frames"), work.upstream("chunks")
+    members = read_set(job.upstream("dataset")[0]).members
+    frames, chunks = job.upstream("frames"), job.upstream("chunks")
     return ChunkSource.open(
         [f.dir for f in frames],
         [c.dir / TABLE for c in chunks],
         episodes=[m.train for m in members],
-        beside=_beside(work),
+        beside=_beside(job),
     )
 
 
-def _beside(work: Work) -> "list[dict[str, np.ndarray]] | None":
+def _beside(job: Job) -> "list[dict[str, np.ndarray]] | None":
     """What `models.types.Judged` reads of each batch beside its chunks, or `Transition`; None for cloning."""
-    proposals = work.upstream("relabel")
-    if not work.upstream("critic"):
+    proposals = job.upstream("relabel")
+    if not job.upstream("critic"):
         return [{"proposals": proposed(ref)} for ref in proposals] or None
     columns = []
-    for i, values in enumerate(read_values_of(work.upstream("critic")[0], len(work.upstream("chunks")))):
+    for i, values in enumerate(read_values_of(job.upstream("critic")[0], len(job.upstream("chunks")))):
         columns.append({"advantage": values.advantage})
         if proposals:
             assert values.best is not None and values.agreed is not None, "the critic ranked what it was given"
             best = proposed(proposals[i])[range(len(values.best)), values.best]
             columns[-1] |= {"best": best, "agreed": values.agreed}
     return columns
-
-
-def _take(checkpoint: Path, out: Path) -> None:
-    """The final checkpoint, all of it: later training may go on from its state."""
-    shutil.copytree(checkpoint, out, dirs_exist_ok=True)

@@ -1,27 +1,28 @@
-"""A night that improves: clone few demonstrations, roll out, learn what was worth doing, do more of it."""
+"""A night that improves: clone demonstrations of unequal skill, roll out, learn what was worth doing, do more of it."""
 
 from data.sim.config import SimConfig
-from models.config import ChunkCriticConfig, ChunkPolicyConfig, CriticConfig, FitConfig, PolicyConfig
-from tasks.recipe import Collect, Evaluate, Improve, Recipe
+from models.config import ChunkPolicyConfig, CriticConfig, FitConfig, PolicyConfig
+from tasks.recipe import Collect, Dataset, Evaluate, Improve, Recipe
 
 
 def improve() -> Recipe:
     return Recipe(
         name="improve",
-        about="place_in_bin, cloned from 20 demonstrations, then chunk-level offline RL on 300 rollouts of its own",
+        about="place_in_bin cloned from good and bad demonstrations, then chunk-level offline RL on rollouts of its own",
         model="improve-place-in-bin",
         sim=SimConfig(scene="place_in_bin", image_size=(64, 64)),
-        collect=Collect(policy="oracle", noise=(0.1,), episodes=20, batch=20),
+        # every sixth batch is of a demonstrator who mostly fails, and nobody says which
+        collect=Collect(policy="oracle", noise=(0.1, 0.1, 0.1, 0.1, 0.1, 0.8), episodes=120, batch=20),
+        dataset=Dataset(failures=True),
         policy=PolicyConfig(backbone="resnet", head="flow", backbone_options={"grid": 0}, shift=2),
-        fit=FitConfig(steps=800, batch_size=64, lr=1e-3, save_every=200),
+        fit=FitConfig(steps=1000, batch_size=64, lr=1e-3, save_every=250),
         evaluate=Evaluate(episodes=200, replan=5),
         improve=Improve(
             episodes=300,
             critic=CriticConfig(backbone_options={"grid": 0}, shift=2),
-            critic_loss=ChunkCriticConfig(algorithm="iql", expectile=0.7),
             critic_fit=FitConfig(steps=1500, batch_size=64, lr=1e-3, save_every=250),
-            policy_loss=ChunkPolicyConfig(beta=10.0),
-            fit=FitConfig(steps=800, batch_size=64, lr=5e-4, save_every=200),
+            policy_loss=ChunkPolicyConfig(beta=10.0, max_weight=20.0),
+            fit=FitConfig(steps=1500, batch_size=64, lr=5e-4, save_every=250),
         ),
     )
 
