@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 import torch
 
-from data.chunks import build_chunks
 from data.chunk_config import ChunkConfig
+from data.chunks import build_chunks
 from data.normalize import fit as fit_stats
 from data.schema import Component, Schema
 from models.checkpoint import load_critic

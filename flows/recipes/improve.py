@@ -8,7 +8,7 @@ from tasks.recipe import Collect, Dataset, Evaluate, Improve, Recipe
 def improve() -> Recipe:
     return Recipe(
         name="improve",
-        about="place_in_bin cloned from good and bad demonstrations, then chunk-level offline RL on rollouts of its own",
+        about="place_in_bin cloned from good and bad demonstrations, then offline RL on rollouts of its own",
         model="improve-place-in-bin",
         sim=SimConfig(scene="place_in_bin", image_size=(64, 64)),
         # every sixth batch is of a demonstrator who mostly fails, and nobody says which
