@@ -138,25 +138,34 @@ def refuse_disorder(steps: pl.LazyFrame) -> None:
 def _transitions(steps: pl.DataFrame, config: ChunkConfig) -> pl.DataFrame:
     """The table of `build_chunks`. In numpy: window expressions over episodes cost polars twice as much."""
     episode, event, terminated = (steps[c].to_numpy() for c in ("episode_index", EVENT, TERMINATED))
-    horizon = np.uint32(config.horizon)
-    start = np.arange(len(episode), dtype=np.uint32)
+    horizon, n = np.uint32(config.horizon), len(episode)
+    start = np.arange(n, dtype=np.uint32)
     end = _episode_ends(episode)
-    stop = np.minimum(start + horizon, end)  # the chunk is rows start..stop-1
-    h = stop - start
-    terminal = terminated[stop - 1]  # an episode terminates at its last row or not at all
-    discount = np.array([config.gamma**k for k in range(config.horizon + 1)], np.float32)[h]
-    discount[terminal] = 0
+    stop = start + horizon  # the chunk is rows start..stop-1
+    tail = np.flatnonzero(stop >= end)  # few: all else is filled in one stroke
+    end = end[tail]
+    stop[tail] = end
+    h = np.full(n, horizon)
+    h[tail] = end - start[tail]
+    after = stop.copy()
+    after[tail] = end - np.uint32(1)
+    ended = terminated[end - np.uint32(1)]  # an episode terminates at its last row or not at all
+    terminal, truncated = np.zeros(n, bool), np.zeros(n, bool)
+    terminal[tail], truncated[tail] = ended, ~ended
+    discounts = np.array([config.gamma**k for k in range(config.horizon + 1)], np.float32)
+    discount = np.full(n, discounts[-1])
+    discount[tail] = np.where(ended, np.float32(0), discounts[h[tail]])
     return pl.DataFrame(
         {
             "episode_index": steps["episode_index"],
             "start": start,
             "t": steps["frame_index"],
             "h": h,
-            "next": np.minimum(stop, end - 1),
+            "next": after,
             "reward": _reward(event, start, stop, config).astype(np.float32),
             "discount": discount,
             "terminal": terminal,
-            "truncated": (stop == end) & ~terminal,
+            "truncated": truncated,
             "n_pad": horizon - h,
         },
         schema=COLUMNS,
