@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.improve import cycle
 from flows.recipes import load
 from tasks.adopt import adopt_datasets
 from tasks.chunks import chunk_tables
@@ -20,6 +21,8 @@ from tasks.train import train_checkpoint
 def evaluate(recipe: str = "demo", overrides: list[str] | None = None) -> dict[str, Any]:
     night = load(recipe, overrides)
     with begin(night):
+        if night.improve:
+            return cycle(night).summary(night)
         batches = collect_batches(night) + adopt_datasets(night)
         frames = frame_stores(night, batches)
         chunks = chunk_tables(night, batches)

@@ -6,6 +6,7 @@
 ```
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from data.refs import Ref
@@ -19,7 +20,7 @@ from tasks.critic import train_critic
 from tasks.dataset import aggregate_batches
 from tasks.evaluate import evaluate_checkpoint
 from tasks.frames import frame_stores
-from tasks.nights import complete
+from tasks.nights import complete, nights_until
 from tasks.promote import promote_checkpoint
 from tasks.recipe import Recipe
 from tasks.relabel import relabel_chunks
@@ -27,13 +28,46 @@ from tasks.summary import of_improvement, summarize
 from tasks.train import continue_cloning, improve_checkpoint, train_checkpoint
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """What one cycle made."""
+
+    dataset: Ref
+    parent: Ref  # the policy it began with
+    critic: Ref
+    improved: Ref
+    continued: Ref  # what it must beat
+    score: Ref
+    control: Ref
+    comparison: Ref
+
+    def summary(self, night: Recipe, version: dict[str, Any] | None = None) -> dict[str, Any]:
+        refs = {name: getattr(self, name) for name in ("parent", "critic", "improved", "continued", "control")}
+        found = of_improvement(**refs, comparison=self.comparison)
+        return summarize(
+            night,
+            dataset=self.dataset,
+            checkpoint=self.improved,
+            score=self.score,
+            version=version,
+            improvement=found,
+        )
+
+
 def improve(night: Recipe) -> dict[str, Any]:
-    """The whole cycle of a recipe that has an `improve`."""
+    """The whole cycle of a recipe that has an `improve`, and the improved policy registered."""
+    made = cycle(night)
+    version = promote_checkpoint(night, made.improved, made.dataset, made.score)
+    complete(night)
+    return made.summary(night, version)
+
+
+def cycle(night: Recipe) -> Cycle:
+    """Up to the comparison; registers nothing."""
     assert night.improve is not None
     demonstrations = collect_batches(night) + adopt_datasets(night)
-    parent = _parent(night, demonstrations)
-    rollouts = collect_own(night, parent)
-    batches = demonstrations + rollouts + _executed(night, parent, rollouts)
+    parent, rollouts = _own_rollouts(night)
+    batches = demonstrations + rollouts
     frames, chunks = frame_stores(night, batches), chunk_tables(night, batches)
     proposals = relabel_chunks(night.improve.relabel, batches, frames, chunks, checkpoint=parent)
     dataset = aggregate_batches(night, batches, failures=True)
@@ -42,20 +76,33 @@ def improve(night: Recipe) -> dict[str, Any]:
     continued = continue_cloning(night, parent, dataset, frames, chunks)
     score = evaluate_checkpoint(night, improved, dataset, critic)
     control = evaluate_checkpoint(night, continued, dataset)
-    comparison = compare(control, score)
-    version = promote_checkpoint(night, improved, dataset, score)
-    complete(night)
-    found = of_improvement(
-        parent=parent, critic=critic, improved=improved, continued=continued, control=control, comparison=comparison
+    return Cycle(
+        dataset=dataset,
+        parent=parent,
+        critic=critic,
+        improved=improved,
+        continued=continued,
+        score=score,
+        control=control,
+        comparison=compare(control, score),
     )
-    return summarize(night, dataset=dataset, checkpoint=improved, score=score, version=version, improvement=found)
 
 
-def _parent(night: Recipe, demonstrations: list[Ref]) -> Ref:
+def _own_rollouts(night: Recipe) -> tuple[Ref, list[Ref]]:
+    """Tonight's policy to improve, and what it and those of earlier nights did on their own."""
+    rollouts: list[Ref] = []
+    for earlier in nights_until(night):
+        parent = _parent(earlier)
+        own = collect_own(earlier, parent)
+        rollouts += own + _executed(earlier, parent, own)
+    return parent, rollouts
+
+
+def _parent(night: Recipe) -> Ref:
     """The policy to improve: the one that `improve.start` names, or a clone of the demonstrations."""
-    assert night.improve is not None
-    if night.improve.start:
-        return starting_point(night.improve.start, night)
+    if (started := starting_point(night)) is not None:
+        return started
+    demonstrations = collect_batches(night) + adopt_datasets(night)
     frames, chunks = frame_stores(night, demonstrations), chunk_tables(night, demonstrations)
     return train_checkpoint(night, aggregate_batches(night, demonstrations), frames, chunks)
 

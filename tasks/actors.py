@@ -31,17 +31,22 @@ def who_acts(recipe: Recipe, night: int, turn: int = 0) -> tuple[list[Ref], dict
         return [], {"kind": "oracle", "noise": recipe.collect.noise[turn % len(recipe.collect.noise)]}
     if who == "random":
         return [], {"kind": "random"}
-    return [_checkpoint(who, "collect.policy")], as_checkpoint(recipe)
+    return [checkpoint_in(who, "collect.policy")], as_checkpoint(recipe)
 
 
-def starting_point(folder: str, recipe: Recipe) -> Ref:
-    """The checkpoint that `improve.start` names: a folder, or the registry's champion of this night."""
+def starting_point(recipe: Recipe) -> Ref | None:
+    """The checkpoint that `improve.start` names: a folder, or the registry's champion of that night.
+
+    None when it names none, or when there is no champion yet: then the demonstrations are cloned.
+    """
+    assert recipe.improve is not None
+    folder = recipe.improve.start
+    if not folder:
+        return None
     if folder != "champion":
-        return _checkpoint(folder, "improve.start")
+        return checkpoint_in(folder, "improve.start")
     key = _pinned_champion(recipe, recipe.collect.nights)
-    if key is None:
-        raise BadInput(f"improve.start champion: model {recipe.model} has none yet; leave it empty to clone one first")
-    return _found(key, "the champion")
+    return None if key is None else _found(key, f"the champion of night {recipe.collect.nights}")
 
 
 def as_checkpoint(recipe: Recipe) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def acting_code(backbone: str, head: str) -> tuple[str, ...]:
     return "models.acting", BACKBONES.module(backbone), HEADS.module(head)
 
 
-def _checkpoint(folder: str, option: str) -> Ref:
+def checkpoint_in(folder: str, option: str) -> Ref:
     """The published checkpoint artefact in `folder`, which `option` named."""
     path = Path(folder)
     try:

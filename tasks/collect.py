@@ -56,15 +56,16 @@ def collect_batches(recipe: Recipe) -> list[Ref]:
 
 
 def collect_own(recipe: Recipe, checkpoint: Ref) -> list[Ref]:
-    """Rollouts of `checkpoint` itself, from which `improve` learns: its successes and its failures."""
-    plan = recipe.improve
+    """Tonight's rollouts of `checkpoint` itself, from which `improve` learns: its successes and its failures."""
+    plan, night = recipe.improve, recipe.collect.nights
     assert plan is not None
-    last = plan.first_seed + plan.episodes
+    first = plan.first_seed + (night - 1) * plan.episodes
+    last = first + plan.episodes
     acts = [checkpoint], as_checkpoint(recipe)
     return [
-        _record(recipe, Batch(scene=scene, night=1, seeds=range(start, min(start + plan.batch, last))), *acts)
+        _record(recipe, Batch(scene=scene, night=night, seeds=range(start, min(start + plan.batch, last))), *acts)
         for scene in recipe.scenes
-        for start in range(plan.first_seed, last, plan.batch)
+        for start in range(first, last, plan.batch)
     ]
 
 

@@ -24,6 +24,13 @@ def next_night(recipe: Recipe) -> Recipe:
     return replace(recipe, collect=replace(recipe.collect, nights=nights))
 
 
+def nights_until(recipe: Recipe) -> list[Recipe]:
+    """The recipe as it was on its first night, its second, ..., tonight."""
+    return [
+        replace(recipe, collect=replace(recipe.collect, nights=night)) for night in range(1, recipe.collect.nights + 1)
+    ]
+
+
 def completed_nights(recipe: str) -> int:
     """How many nights of the recipe of this name went through to the registry."""
     try:

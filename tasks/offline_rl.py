@@ -18,7 +18,7 @@ from data.refs import Ref
 from data.relabel_config import Relabel
 from data.store import Store
 from models.config import ChunkRLConfig, CriticConfig, FitConfig, PolicyConfig
-from tasks.actors import starting_point
+from tasks.actors import checkpoint_in
 from tasks.adopt import adopt_datasets
 from tasks.chunks import chunk_tables
 from tasks.dataset import aggregate_batches, read_set
@@ -83,7 +83,7 @@ def run(asked: OfflineRL) -> Ref:
     dataset = aggregate_batches(recipe, batches)
     _refuse_other_actions(asked, dataset)
     proposals = relabel_chunks(_pi0(asked), batches, frames, chunks, checkpoint=None) if asked.use_pi0_actions else []
-    parents = [starting_point(asked.resume, recipe)] if asked.resume else []
+    parents = [checkpoint_in(asked.resume, "resume")] if asked.resume else []
     policy = Store().manifest(parents[0])["params"]["policy"] if parents else jsonable(recipe.policy)
     steps = math.ceil(_chunks(chunks) / asked.batch_size)
     fit = replace(recipe.fit, steps=asked.num_epochs * steps, save_every=asked.save_interval * steps)

@@ -60,9 +60,9 @@ class Improve:
     """How a cloned policy gets better by its own rollouts."""
 
     start: str = ""  # folder of the checkpoint to improve, or champion; empty = the one this night clones
-    episodes: int = 300  # rollouts of it
+    episodes: int = 300  # rollouts of it per scene and night
     batch: int = 50  # episodes per committed batch
-    first_seed: int = 100_000  # seed of the first of them
+    first_seed: int = 100_000  # seed of the first of them; each night adds its own
     relabel: Relabel = field(default_factory=Relabel)
     critic: CriticConfig = field(default_factory=CriticConfig)
     critic_loss: ChunkCriticConfig = field(default_factory=ChunkCriticConfig)

@@ -106,6 +106,15 @@ def test_best_of_k_and_executed_proposals_run_through(cycle):
     assert "branch" in members
 
 
+def test_another_night_starts_from_the_champion_and_adds_rollouts_of_its_own(cycle):
+    current, summary = ran(night("improve.start=champion", "collect.nights=2"))
+    _, first = cycle
+    assert summary["parent_digest"] == first["checkpoint_digest"]
+    own = [Store().manifest(ref) for ref in made(current, "collect") if Store().manifest(ref)["parents"]]
+    assert sorted(m["params"]["seeds"] for m in own) == [[s, s + 2] for s in (100000, 100002, 100004, 100006)]
+    assert {m["parents"][0]["digest"] for m in own} == {summary["parent_digest"]}
+
+
 def test_what_cannot_be_is_refused(cycle):
     with pytest.raises(BadInput, match=r"evaluate\.best_of 4 ranks by a critic"):
         load("debug", ["evaluate.best_of=4"])
