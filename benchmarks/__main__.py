@@ -1,4 +1,4 @@
-"""`python benchmarks [NAME ...]`: each claim of speed beside its peer; what was measured goes to docs/results/NAME.json."""
+"""`python benchmarks [NAME ...]`: each claim of speed beside its peer; measurements go to docs/results/NAME.json."""
 
 import json
 import subprocess

@@ -16,6 +16,7 @@ import json
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,7 @@ FORMAT = 1  # of the folder's layout; a reader refuses another
 
 
 class Recorded(Protocol):
-    """The part of `data.lerobot.Dataset` that a frame store is made from."""
+    """The part of `data.lerobot.Dataset` that a frame store is made from. Its tables are asked for again and again."""
 
     @property
     def path(self) -> Path: ...
@@ -39,12 +40,12 @@ class Recorded(Protocol):
     @property
     def schema(self) -> Schema: ...
 
-    @property
+    @cached_property
     def episodes(self) -> pl.DataFrame:
         """episode_index, start, length; in the order of `steps`."""
         ...
 
-    @property
+    @cached_property
     def steps(self) -> pl.DataFrame:
         """episode_index, frame_index, task, observation.state, action; one row per frame."""
         ...

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import polars as pl
@@ -168,8 +168,8 @@ def check_meta(meta: Meta, file: str) -> Meta:
         raise fault(root, file, f"lists {len(episodes)} episodes, but info.json says {info.total_episodes}", RESTORE)
     if (wrong := first(index.to_numpy() != np.arange(len(index)))) is not None:
         raise fault(root, file, f"row {wrong} is episode {index[wrong]}", "list the episodes 0, 1, 2 ... in order")
-    if length.min() < 1:
-        raise fault(root, file, f"episode {length.arg_min()}: length is {length.min()}", "drop empty episodes")
+    if (shortest := cast(int, length.min())) < 1:
+        raise fault(root, file, f"episode {length.arg_min()}: length is {shortest}", "drop empty episodes")
     if length.sum() != info.total_frames:
         what = f"lengths add up to {length.sum()}, but info.json says {info.total_frames} frames"
         raise fault(root, file, what, RESTORE)

@@ -59,11 +59,12 @@ def fit(rows: np.ndarray) -> Stats:
 def merge(parts: Sequence[Stats]) -> Stats:
     """The statistics of all rows behind `parts` together."""
     count = sum(p.count for p in parts)
-    mean = sum(p.count * p.mean for p in parts) / count
+    zero = np.zeros_like(parts[0].mean)
+    mean = sum((p.count * p.mean for p in parts), start=zero) / count
     return Stats(
         count=count,
         mean=mean,
-        m2=sum(p.m2 + p.count * (p.mean - mean) ** 2 for p in parts),
+        m2=sum((p.m2 + p.count * (p.mean - mean) ** 2 for p in parts), start=zero),
         min=np.min([p.min for p in parts], axis=0),
         max=np.max([p.max for p in parts], axis=0),
     )
@@ -107,10 +108,10 @@ class Normalizer:
         padding = x.shape[-1] - len(self.center)
         if padding < 0:
             raise BadInput(f"{x.shape[-1]} components, but the normalisation was fitted to {len(self.center)}")
-        pair = np.pad(self.center, (0, padding)), np.pad(self.width, (0, padding), constant_values=1)
+        center, width = np.pad(self.center, (0, padding)), np.pad(self.width, (0, padding), constant_values=1)
         if isinstance(x, np.ndarray):
-            return tuple(v.astype(x.dtype) for v in pair)
-        return tuple(x.new_tensor(v) for v in pair)
+            return center.astype(x.dtype), width.astype(x.dtype)
+        return x.new_tensor(center), x.new_tensor(width)
 
     def to_json(self) -> dict[str, Any]:
         return {"mode": self.mode, "floor": self.floor, "stats": self.stats.to_json()}

@@ -71,12 +71,9 @@ class TrainingSet:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainingSet":
-        members = [
-            Member(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in value["members"]
-        ]
         return cls(
             schema=Schema.from_json(value["schema"]),
-            members=tuple(members),
+            members=tuple(Member(**_with_tuples(m)) for m in value["members"]),
             stats={name: Stats.from_json(s) for name, s in value["stats"].items()},
         )
 
@@ -104,6 +101,11 @@ def aggregate(batches: Sequence[Ref], *, held_out: float, failures: bool) -> Tra
         raise BadInput("dataset: no successful episode to learn from; collect more, or set dataset.failures true")
     stats = {"state": normalize.merge(state), "action": normalize.merge(action)}
     return TrainingSet(schema=schema, members=tuple(members), stats=stats)
+
+
+def _with_tuples(member: dict[str, Any]) -> dict[str, Any]:
+    """A member's fields from JSON, which has lists for them."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in member.items()}
 
 
 def open_member(member: Member) -> Dataset:

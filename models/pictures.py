@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from data.episode import Episode
@@ -115,11 +116,13 @@ def _plot_lengths(axes: Axes, score: "Score") -> None:
         [length for length, won in zip(score.lengths, score.succeeded, strict=True) if won is wanted]
         for wanted in (True, False)
     ]
-    bins = np.linspace(0, max(score.lengths), 21)
+    bins = np.linspace(0, max(score.lengths), 21).tolist()
     labels = [f"success ({len(groups[0])})", f"failure ({len(groups[1])})"]
     axes.hist(groups, bins=bins, stacked=True, color=[_rgb(SUCCESS), _rgb(FAILURE)], label=labels)
     axes.set(xlabel="episode length (steps)", ylabel="episodes", title="how long episodes were")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    locator = axes.yaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)  # of a linear axis
+    locator.set_params(integer=True)
     axes.legend(frameon=False)
 
 
@@ -129,5 +132,6 @@ def _plot_errors(axes: Axes, action_error: Mapping[str, float]) -> None:
     axes.set(xlabel="mean |predicted - recorded| (action units)", title="held-out action error")
 
 
-def _rgb(color: tuple[int, int, int]) -> tuple[float, ...]:
-    return tuple(part / 255 for part in color)
+def _rgb(color: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = color
+    return red / 255, green / 255, blue / 255

@@ -10,7 +10,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -66,6 +66,11 @@ class Reader(nn.Module):
         self.spec = spec
         self.state = state
         self.action = action
+
+    @classmethod
+    def restore(cls, spec: Spec[Any], normalizers: Mapping[str, Normalizer]) -> Self:
+        """The architecture of `spec`, for weights that a checkpoint is about to fill in."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

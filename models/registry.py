@@ -9,12 +9,19 @@ from pydantic import TypeAdapter, ValidationError
 from data.errors import BadInput
 from data.registry import Registry, did_you_mean
 
-BACKBONES = Registry("backbone", {"resnet": "models.backbones.resnet:ResNet"})
+BACKBONES = Registry(
+    "backbone",
+    {
+        "diffusion_rgb": "models.backbones.diffusion_rgb:DiffusionRgb",
+        "resnet": "models.backbones.resnet:ResNet",
+    },
+)
 
 HEADS = Registry(
     "head",
     {
         "act": "models.heads.act:ActHead",
+        "diffusion": "models.heads.diffusion:DiffusionHead",
         "flow": "models.heads.flow:FlowHead",
         "gaussian": "models.heads.gaussian:GaussianHead",
     },

@@ -109,7 +109,7 @@ class TrainingState:
                 )
 
     def _slots(self) -> dict[str, Tensor]:
-        names = {p: name for name, p in self.phase.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.phase.named_parameters()}
         return {f"{names[p]}/{slot}": t for p, slots in self.optimizer.state.items() for slot, t in slots.items()}
 
     @torch.no_grad()

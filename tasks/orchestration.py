@@ -45,7 +45,6 @@ def run_as_task(inputs: Inputs, label: str, current: Session) -> Outcome:
 
     intact, _ = Store().find(inputs.stage, inputs.key)
     prefect_task = task(
-        unit,
         name=inputs.stage,
         task_run_name=f"{inputs.stage} {label}".strip(),
         description=STAGES[inputs.stage].about,
@@ -53,7 +52,7 @@ def run_as_task(inputs: Inputs, label: str, current: Session) -> Outcome:
         persist_result=True,
         result_serializer="json",
         refresh_cache=intact is None or inputs.stage in current.force,
-    )
+    )(unit)
     value = prefect_task(inputs.key, label, inputs.params, [p.to_json() for p in inputs.parents])
     if outcomes:
         return outcomes[0]

@@ -10,11 +10,11 @@ message per burst and not per step, because handing over a step costs as much as
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import gymnasium as gym
 import numpy as np
@@ -77,8 +77,8 @@ def open_lanes(config: SimConfig, count: int, backend: Backend = "auto", burst: 
 
 def ready(lanes: Sequence[Lane], timeout: float) -> list[Lane]:
     """Those of the busy `lanes` that have replied or died, waiting until there is one, at most `timeout` seconds."""
-    local = [lane for lane in lanes if isinstance(lane, LocalLane)]
-    pipes = {lane.pipe: lane for lane in lanes if isinstance(lane, WorkerLane)}
+    local: list[Lane] = [lane for lane in lanes if isinstance(lane, LocalLane)]
+    pipes: dict[Any, Lane] = {lane.pipe: lane for lane in lanes if isinstance(lane, WorkerLane)}
     return local or [pipes[pipe] for pipe in wait(list(pipes), timeout)]
 
 
@@ -108,7 +108,9 @@ class WorkerLane(Lane):
         self.vector = vector
         self.process = vector.processes[0]
         self.pipe = vector.parent_pipes[0]
-        self._told = np.full(vector.action_space.shape, np.nan, np.float32)  # [1, burst, a]
+        shape = vector.action_space.shape
+        assert shape is not None  # it is a box
+        self._told = np.full(shape, np.nan, np.float32)  # [1, burst, a]
         self._half = 0  # of the shared rows, as in `_Burst`
 
     def reset(self, seed: int) -> None:
@@ -175,7 +177,8 @@ class _Burst(gym.Env):
 
     def __init__(self, config: SimConfig, burst: int) -> None:
         self.env = FlywheelEnv(config)
-        seen = {name: Rows(space, burst) for name, space in self.env.observation_space.items()}
+        boxes = cast(Mapping[str, gym.spaces.Box], self.env.observation_space)
+        seen: dict[str, gym.Space] = {name: Rows(space, burst) for name, space in boxes.items()}
         self.observation_space = gym.spaces.Dict(seen)
         self.action_space = batch_space(self.env.action_space, burst)
         self._half = 1  # of the shared rows, where the last command's lie
@@ -207,9 +210,9 @@ def _execute(env: gym.Env, actions: Float32[np.ndarray, "k a"]) -> Replies:
     """One action after the other, up to the end of the episode."""
     seen, outcomes = [], []
     for action in actions:
-        observation, *outcome = env.step(action)
+        observation, reward, terminated, truncated, info = env.step(action)
         seen.append(observation)
-        outcomes.append(Outcome(*outcome))
+        outcomes.append(Outcome(float(reward), terminated, truncated, info))
         if outcomes[-1].over:
             break
     return Replies({name: [observation[name] for observation in seen] for name in seen[0]}, outcomes)

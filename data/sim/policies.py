@@ -33,6 +33,7 @@ class Policy(Protocol):
         from 0 in each. Randomness must be a function of (seed, step), or an episode cannot be done again. The arrays
         are the lanes' own memory: copy what you keep.
         """
+        ...
 
 
 class RandomPolicy:
@@ -80,7 +81,7 @@ class OraclePolicy:
     ) -> np.ndarray:
         if EXPERT not in observation:
             raise BadInput("the oracle policy has no expert to ask; set `expert=True` in the simulator's configuration")
-        action = observation[EXPERT].astype(np.float32)
+        action = np.array(observation[EXPERT], np.float32)
         for row, seed, step in zip(action, seeds, steps, strict=True):
             row[:-1] += np.random.default_rng([_NOISE, seed, step]).normal(0, self.noise, len(row) - 1)
         return np.clip(action, -1, 1)[:, None]

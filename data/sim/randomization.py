@@ -5,27 +5,26 @@ untouched. All off is the plain scene in which only the objects' places vary.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
 from jaxtyping import UInt8
 
-from data.sim.scenes.base import Body, Color, Part, Placement, Scene
+from data.sim.scenes.base import Body, Color, Part, Placement, Scene, Vector
 
 CLUTTER_AREA = ((-0.32, 0.22), (-0.38, 0.38))  # m: x and y between which clutter stands
+_CLUTTER: list[tuple[Literal["box", "ball"], Vector]] = [
+    ("box", (0.02, 0.02, 0.04)),
+    ("ball", (0.025, 0.025, 0.025)),
+    ("box", (0.03, 0.018, 0.012)),
+    ("box", (0.015, 0.015, 0.03)),
+    ("box", (0.025, 0.025, 0.008)),
+    ("ball", (0.018, 0.018, 0.018)),
+]
 CLUTTER_BODIES = tuple(
     Body(name=f"clutter_{i}", parts=(Part(half_size=half, shape=shape),), color=(0.5, 0.5, 0.5))
-    for i, (shape, half) in enumerate(
-        [
-            ("box", (0.02, 0.02, 0.04)),
-            ("ball", (0.025, 0.025, 0.025)),
-            ("box", (0.03, 0.018, 0.012)),
-            ("box", (0.015, 0.015, 0.03)),
-            ("box", (0.025, 0.025, 0.008)),
-            ("ball", (0.018, 0.018, 0.018)),
-        ]
-    )
+    for i, (shape, half) in enumerate(_CLUTTER)
 )
 CLUTTER_RADIUS = 0.045  # m around an object's centre that holds all of it
 TEXTURE_SIZE = 64  # pixels

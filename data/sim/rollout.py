@@ -22,7 +22,7 @@ from data.episode import Episode
 from data.errors import BadInput
 from data.sim.config import SimConfig
 from data.sim.execution import EveryNth, TemporalEnsemble, execution
-from data.sim.lanes import Lane, open_lanes, ready
+from data.sim.lanes import Lane, WorkerLane, open_lanes, ready
 from data.sim.policies import OraclePolicy, Policy, RandomPolicy
 from data.sim.registry import SCENES
 from data.sim.trial import Trial
@@ -142,6 +142,7 @@ class _Run:
         replied = ready(list(busy), STALL_S)
         if not replied:
             for lane in busy:
+                assert isinstance(lane, WorkerLane)  # one in this process is always ready
                 lane.kill()  # all of them hang; their deaths are heard next
         heard = {}
         for lane in (busy[lane] for lane in replied):
@@ -179,8 +180,9 @@ class _Run:
 
     def _send(self, lane: int) -> None:
         trial = self.trials[lane]
-        trial.under_way = np.clip(trial.execution.next(self.burst), -1, 1, dtype=np.float32)  # recorded as executed
-        self.lanes[lane].step(trial.under_way)
+        actions = np.clip(trial.execution.next(self.burst), -1, 1, dtype=np.float32)
+        trial.under_way = actions  # recorded as executed
+        self.lanes[lane].step(actions)
 
     def _ask(self, trials: list[Trial]) -> np.ndarray:
         """Chunks [n, H, A] from the policy. Raises `BadInput` for an answer that is no action."""

@@ -53,7 +53,7 @@ def make_vector(config: SimConfig, num_envs: int, backend: Backend = "auto") -> 
         return start_workers(make, num_envs)
 
 
-def resolve_backend(backend: Backend, num_envs: int) -> str:
+def resolve_backend(backend: Backend, num_envs: int) -> Literal["sync", "async"]:
     """ "sync" or "async"; raises `BadInput` for anything else."""
     if backend not in ("auto", "sync", "async"):
         raise BadInput(f"unknown vector backend {backend!r}; use auto, sync or async")
@@ -88,7 +88,9 @@ def _die_with_parent() -> None:
 
     Not PR_SET_PDEATHSIG: that fires when the *thread* that started the worker ends, and lanes start in threads.
     """
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    parent.join()
     os._exit(1)
 
 

@@ -8,7 +8,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -97,13 +97,14 @@ class ResNet(nn.Module):
             weights = load_file(path)
         except (OSError, SafetensorError) as fault:
             raise BadInput(f"{path}: cannot be read as safetensors ({fault}); name torchvision's resnet18") from None
-        wanted = self.trunks[0][1].state_dict()
+        trunks = [cast(nn.Sequential, trunk)[1] for trunk in self.trunks]  # torchvision's part of `_resnet18`
+        wanted = trunks[0].state_dict()
         weights = {name: w for name, w in weights.items() if name in wanted}
         for name, w in wanted.items():
             if name not in weights or weights[name].shape != w.shape:
                 raise BadInput(f"{path}: {name} is missing or of another shape; name torchvision's resnet18 weights")
-        for trunk in self.trunks:
-            trunk[1].load_state_dict(weights)
+        for trunk in trunks:
+            trunk.load_state_dict(weights)
 
 
 class _Tokens(nn.Module):
