@@ -2,7 +2,7 @@
 
 ```
  calibration   Q of the executed chunk against what really followed; the mean per bin should lie on the diagonal
- value film    V along one episode under its pictures, sub-goals marked: it rises towards each, and falls once paid
+ value film    V along one episode under its pictures, sub-goals marked: it rises towards each, falls once paid
  advantages    their histogram, the weight each gets, and where the clip bites
 ```
 """
