@@ -1,0 +1,153 @@
+"""Mamba-1: a token mixer of linear cost, causal, with a state of fixed size (Gu & Dao 2023, arXiv 2312.00752).
+
+    [b l dim] --in_proj--> x --conv1d over time, SiLU--> x --x_proj--> delta (dt_proj), B, C --scan--> y --out_proj-->
+                     `---> gate --------------------------------------------------------------^
+
+Parameters are named, shaped and initialised as in mamba-ssm, whose state dicts load here and the other way round.
+Whole sequences go through `forward`, in training and wherever all tokens are known; `step` goes on by one token.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.layers.scan import selective_scan, selective_step
+
+DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_proj.bias) at the start: log-uniform
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """Sizes of a Mamba block."""
+
+    dim: int = 256  # width of a token
+    state: int = 16  # states per channel
+    conv: int = 4  # taps of the causal convolution, the token itself included
+    expand: int = 2  # channels inside, in dims
+
+    @property
+    def inner(self) -> int:
+        return self.expand * self.dim
+
+    @property
+    def dt_rank(self) -> int:
+        return math.ceil(self.dim / 16)
+
+
+class MambaState(NamedTuple):
+    """What a block remembers of the tokens before."""
+
+    inputs: Float[Tensor, "b d w"]  # the last conv - 1 inputs of the convolution, oldest first
+    hidden: Float[Tensor, "b d n"]  # the scan's h, float32
+
+
+class Mamba(nn.Module):
+    """One block, without norm or residual."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        inner, rank, n = config.inner, config.dt_rank, config.state
+        self.in_proj = nn.Linear(config.dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, config.conv, groups=inner, padding=config.conv - 1)
+        self.x_proj = nn.Linear(inner, rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.dim, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        with torch.no_grad():
+            low, high = map(math.log, DT_RANGE)
+            dt = torch.empty(inner).uniform_(low, high).exp()
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+
+    def forward(self, tokens: Float[Tensor, "b l m"]) -> Float[Tensor, "b l m"]:
+        x, gate = self.in_proj(tokens).chunk(2, dim=-1)
+        x = F.silu(self._convolve(x))
+        delta, B, C = self._selection(x)
+        return self.out_proj(selective_scan(x, delta, self._A(), B, C, self.D, gate))
+
+    def step(self, token: Float[Tensor, "b m"], state: MambaState) -> tuple[Float[Tensor, "b m"], MambaState]:
+        """The output at one more token, and what to remember. `forward` gives the same, to rounding."""
+        x, gate = self.in_proj(token).chunk(2, dim=-1)
+        window = torch.cat([state.inputs, x[:, :, None]], dim=-1)
+        x = F.silu((window * self.conv1d.weight.squeeze(1)).sum(dim=-1) + self.conv1d.bias)
+        delta, B, C = self._selection(x)
+        y, hidden = selective_step(x, delta, self._A(), B, C, self.D, gate, state.hidden)
+        return self.out_proj(y), MambaState(inputs=window[:, :, 1:], hidden=hidden)
+
+    def first_state(self, batch: int) -> MambaState:
+        """Before the first token: zeros, as the convolution pads."""
+        inner, weight = self.config.inner, self.in_proj.weight
+        return MambaState(
+            inputs=weight.new_zeros(batch, inner, self.config.conv - 1),
+            hidden=weight.new_zeros(batch, inner, self.config.state, dtype=torch.float32),
+        )
+
+    def _convolve(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        """`conv1d` as a picture one pixel high: it may then keep channels last, where the scan wants them."""
+        pictures = x.mT.unsqueeze(2)
+        weight, bias = self.conv1d.weight.unsqueeze(2), self.conv1d.bias
+        y = F.conv2d(pictures, weight, bias, padding=(0, self.config.conv - 1), groups=self.config.inner)
+        return y.squeeze(2).mT[:, : x.shape[1]]
+
+    def _selection(self, x: Float[Tensor, "*b d"]) -> tuple[Tensor, ...]:
+        """What of the recurrence depends on the token: delta (before the softplus), B, C."""
+        n = self.config.state
+        low, B, C = self.x_proj(x).split([self.config.dt_rank, n, n], dim=-1)
+        return self.dt_proj(low), B, C
+
+    def _A(self) -> Float[Tensor, "d n"]:
+        return -torch.exp(self.A_log.float())
+
+
+class MambaLayer(nn.Module):
+    """Norm, block, residual."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.mixer = Mamba(config)
+
+    def forward(self, tokens: Float[Tensor, "b l m"]) -> Float[Tensor, "b l m"]:
+        return tokens + self.mixer(self.norm(tokens))
+
+    def step(self, token: Float[Tensor, "b m"], state: MambaState) -> tuple[Float[Tensor, "b m"], MambaState]:
+        y, state = self.mixer.step(self.norm(token), state)
+        return token + y, state
+
+
+class MambaStack(nn.Module):
+    """Layers and a last norm: the trunk of mamba-ssm's MixerModel, without its embedding."""
+
+    def __init__(self, config: MambaConfig, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(layers))
+        self.norm_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        with torch.no_grad():
+            for layer in self.layers:  # so that the residual stream does not grow with depth (GPT-2)
+                layer.mixer.out_proj.weight /= math.sqrt(layers)
+
+    def forward(self, tokens: Float[Tensor, "b l m"]) -> Float[Tensor, "b l m"]:
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm_f(tokens)
+
+    def step(
+        self, token: Float[Tensor, "b m"], states: list[MambaState]
+    ) -> tuple[Float[Tensor, "b m"], list[MambaState]]:
+        """`forward` by one token; `states` has one entry per layer."""
+        after = []
+        for layer, state in zip(self.layers, states, strict=True):
+            token, state = layer.step(token, state)
+            after.append(state)
+        return self.norm_f(token), after
+
+    def first_states(self, batch: int) -> list[MambaState]:
+        return [layer.mixer.first_state(batch) for layer in self.layers]
