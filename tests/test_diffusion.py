@@ -238,14 +238,20 @@ def test_padded_entries_get_no_gradient(monkeypatch):
     assert policy.act(data.observation, generator("n")).shape == (8, HORIZON, ACTION)
 
 
-@pytest.mark.parametrize("horizon", [1, 5, 6])
-def test_any_horizon_fits_and_what_fills_it_up_is_nothing(horizon):
+@pytest.mark.parametrize("horizon", [1, 5, 8])
+def test_any_horizon_fits_and_zeros_fill_it_up(horizon):
     """Two halvings; LeRobot asks for multiples of 8 with three stages."""
     head = make_head(horizon, down_dims=(16, 16, 16))
-    assert head.noise_shape == (horizon, ACTION) and (horizon + head.missing) % 4 == 0
+    read = []
+    head.unet.register_forward_pre_hook(lambda unet, args: read.append(args[0]))
     context, action = Context(pooled=draw(2, 16)), draw(2, horizon, ACTION)
     loss, _ = head.loss(context, action, torch.ones_like(action, dtype=torch.bool), generator("l"))
-    assert loss.shape == (2,) and head.sample(context, action).shape == action.shape
+    assert loss.shape == (2,) and head.noise_shape == (horizon, ACTION)
+    assert head.sample(context, action).shape == action.shape
+    assert len(read) == 1 + head.config.steps  # training and acting alike
+    for x in read:
+        assert x.shape[1] % 4 == 0 and x.shape[1] - horizon < 4
+        assert x[:, :horizon].all() and not x[:, horizon:].any()
 
 
 def test_a_sample_s_loss_looks_at_that_sample_alone_and_every_parameter_learns():
