@@ -73,6 +73,7 @@ def _shown(value: Any) -> str:
 @cache
 def comments(cls: type) -> dict[str, str]:
     """The comment beside each field of a dataclass, or on the line above it, as its author wrote it there."""
+    inherited = [comments(base) for base in reversed(cls.__bases__) if is_dataclass(base)]
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     found = {
@@ -80,7 +81,7 @@ def comments(cls: type) -> dict[str, str]:
         for token in tokenize.generate_tokens(StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    described = {}
+    described = {name: about for part in inherited for name, about in part.items()}
     for node in next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             above = node.lineno - 1 if lines[node.lineno - 2].lstrip().startswith("#") else 0

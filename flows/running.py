@@ -12,7 +12,7 @@ from data.registry import did_you_mean
 from data.sim.registry import SCENES
 from flows.recipes import load
 from models.registry import BACKBONES, HEADS
-from tasks.actors import who_acts
+from tasks.actors import starting_point, who_acts
 from tasks.adopt import refuse_malformed
 from tasks.progress import console
 from tasks.promote import commit
@@ -63,6 +63,8 @@ def refuse_unknown(asked: "Arguments") -> None:
         BACKBONES.module(backbone)
     HEADS.module(recipe.policy.head)
     who_acts(recipe, night=1)
+    if recipe.improve and recipe.improve.start != "champion":
+        starting_point(recipe)
     refuse_malformed(recipe)
 
 

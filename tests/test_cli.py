@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
 
 from data.errors import BadInput
 from flows.cli import main, parse
+from flows.help import comments
 from flows.recipes import RECIPES, load
 from tasks.recipe import options, rebuild
 
@@ -27,6 +29,10 @@ from tasks.recipe import options, rebuild
         (["nightly", "demo", "--chunks.reward_mode", "counts"], "did you mean 'count'"),
         (["nightly", "demo", "--evaluate.first_seed", "100"], "collected"),
         (["nightly", "demo", "--collect.policy", "oracel"], "did you mean 'oracle'"),
+        (["nightly", "demo", "--evaluate.best_of", "4"], "which only `improve` makes"),
+        (["nightly", "improve", "--improve.critic.backbone", "resent"], "did you mean 'resnet'"),
+        (["nightly", "improve", "--improve.critic_loss.expectile", "1.5"], "between 0 and 1"),
+        (["nightly", "improve", "--improve.start", "nowhere"], "no checkpoint artefact"),
         (["nightly", "demo", "--force", "trian"], "did you mean 'train'"),
         (["stage", "trian", "demo"], "did you mean 'train'"),
         (["down", "--jsn"], "unknown option"),
@@ -84,3 +90,14 @@ def test_help_shows_every_option_with_default_and_meaning_and_imports_nothing_he
             if isinstance(value, str | float):
                 assert str(value) in line
     assert any("collect.noise" in line and "action units" in line for line in shown)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_option_says_what_it_is(name):
+    def undescribed(part) -> list[str]:
+        said = comments(type(part))
+        nested = [getattr(part, f.name) for f in fields(part) if is_dataclass(getattr(part, f.name))]
+        leaves = [f.name for f in fields(part) if not is_dataclass(getattr(part, f.name))]
+        return [leaf for leaf in leaves if not said.get(leaf)] + [leaf for n in nested for leaf in undescribed(n)]
+
+    assert undescribed(load(name)) == []

@@ -25,7 +25,7 @@ class SimConfig:
 
     scene: str  # name in data.sim.registry
     image_size: tuple[int, int] = (128, 128)  # height, width in pixels
-    cameras: tuple[str, ...] = ("head", "wrist")
+    cameras: tuple[str, ...] = ("head", "wrist")  # of data.sim.looks; none = no pictures
     control_mode: str = "delta_qpos"  # "delta_qpos", "qpos", "delta_ee_pose": see data.sim.controllers
     control_hz: int = 20  # actions per second
     substeps: int = 5  # physics steps per action
