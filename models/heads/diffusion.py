@@ -106,7 +106,7 @@ class DiffusionHead(nn.Module):
 
     def sample(self, context: Context, noise: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
         x = noise.float()
-        added = [_generator(one) for one in noise] if self.config.sampler == "ddpm" else None
+        added = [_generator(one) for one in noise.cpu()] if self.config.sampler == "ddpm" else None
         for t in self.scheduler.timesteps.tolist():
             predicted = self.predict(x, torch.full((len(x),), t, device=x.device), context)
             x = self.scheduler.step(predicted.float(), t, x, generator=added).prev_sample
@@ -145,7 +145,7 @@ def _unet(config: DiffusionConfig, context_width: int, action_width: int) -> tup
 
 
 def _scheduler(config: DiffusionConfig) -> Any:
-    """Diffusers', set to the sampler's steps. Has no weights, and no state that moves."""
+    """Diffusers', set to the sampler's steps. It has no weights, and neither training nor acting changes it."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
