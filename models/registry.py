@@ -59,5 +59,7 @@ def configure(part: type, options: Mapping[str, Any], *, whose: str) -> Any:
         return TypeAdapter(part.Config).validate_python(dict(options))
     except ValidationError as fault:
         error = fault.errors()[0]
+        if isinstance(refused := error.get("ctx", {}).get("error"), BadInput):
+            raise refused from None  # the part's own words
         where = ".".join(str(part) for part in error["loc"])
         raise BadInput(f"{whose}: option {where}: {error['msg']} (got {error['input']!r})") from None
