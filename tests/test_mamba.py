@@ -111,7 +111,7 @@ def test_names_shapes_and_counts_of_parameters():
     assert {name: tuple(p.shape) for name, p in Mamba(MambaConfig()).state_dict().items()} == PARAMETERS
     assert sum(p.numel() for p in Mamba(MambaConfig()).parameters()) == 437_760
     stack = MambaStack(MambaConfig(), 12)
-    assert sum(p.numel() for p in stack.layers[0].parameters()) == 438_016
+    assert sum(p.numel() for p in stack.get_submodule("layers.0").parameters()) == 438_016
     assert sum(p.numel() for p in stack.parameters()) == 5_256_448
     expected = {"norm.weight", *(f"mixer.{name}" for name in PARAMETERS)}  # as in mamba-ssm's MixerModel
     names = {name.removeprefix("layers.11.") for name in stack.state_dict() if name.startswith("layers.11.")}
@@ -126,7 +126,7 @@ def test_initial_values():
     assert abs(dt.log().mean().item() - torch.tensor(1e-2).log().item()) < 0.3  # log-uniform: the middle is 1e-2
     assert 0.24 < mixer.dt_proj.weight.abs().max() <= 0.25  # 16 ** -0.5
     std = 512**-0.5 / 3**0.5  # nn.Linear's standard deviation
-    deep = MambaStack(MambaConfig(), 12).layers[3].mixer.out_proj.weight
+    deep = MambaStack(MambaConfig(), 12).get_parameter("layers.3.mixer.out_proj.weight")
     assert deep.std().item() == pytest.approx(std / 12**0.5, rel=0.02)
 
 
@@ -136,7 +136,7 @@ def test_the_same_numbers_as_transformers():
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     ours = block()
-    theirs = MambaMixer(TheirConfig(hidden_size=32, state_size=4, time_step_rank=2, use_mambapy=False), layer_idx=0)
+    theirs = MambaMixer(TheirConfig.from_dict({"hidden_size": 32, "state_size": 4, "time_step_rank": 2}), layer_idx=0)
     theirs.load_state_dict(ours.state_dict())
     x = tokens(45).requires_grad_()
     y, expected = ours(x), theirs.slow_forward(x)

@@ -9,7 +9,7 @@ Whole sequences go through `forward`, in training and wherever all tokens are kn
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,8 @@ class Mamba(nn.Module):
         """The output at one more token, and what to remember. `forward` gives the same, to rounding."""
         x, gate = self.in_proj(token).chunk(2, dim=-1)
         window = torch.cat([state.inputs, x[:, :, None]], dim=-1)
-        x = F.silu((window * self.conv1d.weight.squeeze(1)).sum(dim=-1) + self.conv1d.bias)
+        convolved = F.conv1d(window, self.conv1d.weight, self.conv1d.bias, groups=self.config.inner)
+        x = F.silu(convolved.squeeze(-1))
         delta, B, C = self._selection(x)
         y, hidden = selective_step(x, delta, self._A(), B, C, self.D, gate, state.hidden)
         return self.out_proj(y), MambaState(inputs=window[:, :, 1:], hidden=hidden)
@@ -128,7 +129,7 @@ class MambaStack(nn.Module):
 
     def __init__(self, config: MambaConfig, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(layers))
+        self.layers: Any = nn.ModuleList(MambaLayer(config) for _ in range(layers))
         self.norm_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
         with torch.no_grad():
             for layer in self.layers:  # so that the residual stream does not grow with depth (GPT-2)

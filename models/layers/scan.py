@@ -100,6 +100,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         (b, length, d), n = x.shape, A.shape[1]
+        A = A.mT.contiguous().mT  # channels side by side, as everywhere here
         decay, states = x.new_empty(2, min(BLOCK, length), b, n, d)
         kept = x.new_zeros(-(-length // BLOCK) + 1, b, n, d)  # h before each block, and the last
         y = torch.empty_like(x)
@@ -134,7 +135,10 @@ class _Scan(torch.autograd.Function):
             dexponent[1:].mul_(now.states[:-1])
             dexponent[0].mul_(kept[i])
             dA += torch.mul(dexponent, now.delta.unsqueeze(2), out=g).sum(dim=(0, 1))
-            ddelta[:, block] = (dexponent.mul_(A.mT).sum(dim=2) + du * now.x).transpose(0, 1)
+            d_delta = du * now.x
+            for dexponent_n, A_n in zip(dexponent.unbind(dim=2), A.unbind(dim=1), strict=True):
+                d_delta.addcmul_(dexponent_n, A_n)
+            ddelta[:, block] = d_delta.transpose(0, 1)
             dx[:, block] = (du * now.delta).transpose(0, 1)
         return dx, ddelta, dA.mT, dB, dC
 
