@@ -76,8 +76,7 @@ def scan_on(device: str) -> Callable[..., Tensor]:
     log.info("Mamba's scan on cuda: mamba-ssm's kernel")
 
     def with_kernel(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor) -> Tensor:
-        by_time = (t.to(x.dtype).mT for t in (x, delta, B, C, gate))  # it wants time last, and one type
-        x, delta, B, C, gate = by_time
+        x, delta, B, C, gate = (t.to(x.dtype).mT for t in (x, delta, B, C, gate))  # it wants time last, and one type
         return kernel(x, delta, A.float(), B, C, D.float(), z=gate, delta_softplus=True).mT
 
     return with_kernel
