@@ -207,6 +207,11 @@ class NoOptions:
     """Of a phase that has none."""
 
 
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels, but not a state-space model's rates, which decay would slow down (as mamba-ssm has it)."""
+    return parameter.ndim >= 2 and not name.endswith("A_log")
+
+
 class Phase(nn.Module):
     """What `fit` trains. Calling it gives a batch's loss per sample, and numbers for people.
 
