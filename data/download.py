@@ -23,7 +23,7 @@ from typing import Any
 
 from data.errors import BadInput
 from data.remotes import Listing, Remote, RemoteFile, Unreachable
-from data.store import MIN_FREE_BYTES, refusing_storage_faults, sha256_file
+from data.store import MIN_FREE_BYTES, fsync, refusing_storage_faults, sha256_file
 
 FETCHED, FETCHING = "fetched.json", "fetching.json"
 BLOCK = 16 * 1024**2  # bytes of one request
@@ -248,7 +248,7 @@ def _publish(partial: Path, folder: Path, **facts: Any) -> Fetched:
     _write_fetched(partial, **facts)
     (partial / FETCHING).unlink()
     partial.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     return Fetched(folder=folder, **facts)
 
 
@@ -256,14 +256,6 @@ def _write_fetched(folder: Path, **facts: Any) -> Fetched:
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     path = folder / FETCHED
     path.write_text(json.dumps({"format": 1, "at": at, **facts}, indent=1, sort_keys=True) + "\n")
-    _fsync(path)
-    _fsync(folder)
+    fsync(path)
+    fsync(folder)
     return Fetched(folder=folder, **facts)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -166,7 +166,7 @@ class Store:
         files = {}
         for path in sorted(p for p in staging.rglob("*") if p.is_file()):
             path.chmod(0o444)
-            _fsync(path)
+            fsync(path)
             files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
         digest = hashlib.sha256(canonical(files).encode()).hexdigest()
         built = {"seconds": round(seconds, 3), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -175,7 +175,7 @@ class Store:
         path.write_text(json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False))
         path.chmod(0o444)
         for folder in [path, *(p for p in staging.rglob("*") if p.is_dir()), staging]:
-            _fsync(folder)
+            fsync(folder)
         return manifest
 
     def _publish(self, staging: Path, entry: Path) -> None:
@@ -186,7 +186,7 @@ class Store:
             shutil.rmtree(aside)
         else:
             staging.rename(entry)
-        _fsync(entry.parent)
+        fsync(entry.parent)
 
     def _refuse_when_nearly_full(self) -> None:
         free = shutil.disk_usage(self.root).free
@@ -278,7 +278,8 @@ def _stat(path: Path) -> list[int]:
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -29,7 +29,7 @@ from torch import Tensor
 from data.errors import BadInput
 from data.normalize import Normalizer
 from data.schema import Schema
-from data.store import MANIFEST, refusing_storage_faults, sha256_file
+from data.store import MANIFEST, fsync, refusing_storage_faults, sha256_file
 from models.critic import Critic
 from models.policy import Policy
 from models.reading import Reader, Spec
@@ -122,7 +122,7 @@ def seal(folder: Path, *, step: int) -> None:
         files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     write_json(folder / INDEX, {"format": FORMAT, "step": step, "files": files})
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        fsync(path)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -158,15 +158,7 @@ def _point(link: Path, target: str) -> None:
     temporary = link.with_name(f".{link.name}-{uuid.uuid4().hex[:8]}")
     temporary.symlink_to(target)
     os.replace(temporary, link)
-    _fsync(link.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(link.parent)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tasks.chunks import TABLE
 from tasks.dataset import read_set
 from tasks.progress import progress
 from tasks.recipe import Recipe, jsonable
+from tasks.relabel import proposed
 from tasks.stages import Work, ensure
 from tasks.training import Job, trained
 
@@ -103,14 +104,6 @@ def _source(work: Work | Job, only: int | None = None) -> "ChunkSource":
         episodes=[members[i].train for i in which] if only is None else None,
         beside=[{"proposals": proposed(proposals[i])} for i in which] if proposals else None,
     )
-
-
-def proposed(ref: Ref) -> Any:
-    """The proposals [n, k, h, a] of one batch's chunks."""
-    from data.relabel import read_proposals
-    from tasks.relabel import PROPOSALS
-
-    return read_proposals(ref.dir / PROPOSALS).array
 
 
 def _judge(build: Build, work: Work, critic: Any, sources: "list[ChunkSource]") -> "list[Values]":

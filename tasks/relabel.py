@@ -18,6 +18,8 @@ from tasks.recipe import jsonable, rebuild
 from tasks.stages import Work, ensure
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from data.schema import Schema
     from models.proposer import Proposer
 
@@ -38,6 +40,13 @@ def relabel_chunks(
     ]
     _opened.cache_clear()  # its memory is for whoever comes next
     return refs
+
+
+def proposed(ref: Ref) -> "np.ndarray":
+    """The proposals [n, k, h, a] of one batch's chunks."""
+    from data.relabel import read_proposals
+
+    return read_proposals(ref.dir / PROPOSALS).array
 
 
 def who_proposes(

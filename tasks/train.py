@@ -18,9 +18,10 @@ from data.store import Build, Store
 from models.config import PolicyConfig
 from models.registry import BACKBONES, HEADS, PHASES
 from tasks.chunks import TABLE
-from tasks.critic import proposed, read_values_of
+from tasks.critic import read_values_of
 from tasks.dataset import read_set
 from tasks.recipe import Recipe, jsonable
+from tasks.relabel import proposed
 from tasks.stages import Work, ensure
 from tasks.training import LOG_EVERY, Job, trained
 
@@ -168,7 +169,7 @@ class _Curve:
     def add(self, step: int, value: float | None) -> None:
         if value is not None:
             with self.path.open("a") as file:
-                file.write(f"[{step}, {value!r}]\n")
+                file.write(f"\n[{step}, {value!r}]")  # a line torn by a kill stays alone
 
     def points(self) -> list[tuple[int, float]]:
         """In order; a step done again after a kill came out the same and counts once. A torn line was done again."""
