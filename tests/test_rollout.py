@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
@@ -97,17 +98,20 @@ def test_lanes_and_company_do_not_matter(alone, num_envs: int, backend: str) -> 
 
 def test_killed_and_hanging_workers_do_not_matter(alone, monkeypatch) -> None:
     monkeypatch.setattr(rollout_module, "STALL_S", 8.0)
+    monkeypatch.setattr(rollout_module, "DEATHS_ALLOWED", 20)  # a worker that starts slowly is killed too
+    faults = deque([(10, signal.SIGKILL), (60, signal.SIGSTOP)])  # after so many steps, to every worker
     done = 0
 
     def disturb(steps: int) -> None:
         nonlocal done
         done += steps
-        if done == 10:
-            workers()[0].kill()
-        if done == 60:
-            os.kill(workers()[0].pid, signal.SIGSTOP)
+        if faults and done >= faults[0][0]:
+            _, fault = faults.popleft()
+            for worker in workers():
+                os.kill(worker.pid, fault)
 
     assert_all_same(rollout(CONFIG, ORACLE, SEEDS, num_envs=2, on_step=disturb), alone)
+    assert not faults
     assert done > sum(map(len, alone))  # something was indeed done again
     assert not workers()
 
