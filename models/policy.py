@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from models.config import PolicyConfig
 from models.devices import uses_bf16
 from models.reading import Reader, Spec, make_backbone
 from models.registry import BACKBONES, HEADS, configure
-from models.types import Batch, Context, Info, Observation
+from models.types import Batch, Context, Info, Observation, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +74,20 @@ class Policy(Reader):
     @classmethod
     def _assemble(cls, spec: PolicySpec, normalizers: Mapping[str, Normalizer], seed: int) -> "Policy":
         config = spec.config
-        head_class = HEADS.resolve(config.head)
-        _refuse_unfit_pair(config.backbone, BACKBONES.resolve(config.backbone), config.head, head_class)
+        backbone_class, head_class = BACKBONES.resolve(config.backbone), HEADS.resolve(config.head)
+        _refuse_unfit_pair(config.backbone, backbone_class, config.head, head_class)
         head_config = configure(head_class, config.head_options, whose=f"head {config.head}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            backbone: Any = make_backbone(spec, head_class.needs)
-            head = head_class(
-                head_config, context_width=backbone.width, horizon=spec.horizon, action_width=spec.action_width
+            backbone: Any = make_backbone(spec, head_class.needs | (head_class.likes & backbone_class.gives))
+            sizes = Sizes(
+                context=backbone.width,
+                state=spec.state_width,
+                horizon=spec.horizon,
+                action=spec.action_width,
+                layers=backbone.layer_shape if "layers" in head_class.needs else None,
             )
+            head = head_class(head_config, sizes)
         return cls(spec, backbone, head, state=normalizers["state"], action=normalizers["action"])
 
     def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Float[Tensor, " b"], Info]:
@@ -129,7 +134,8 @@ class Policy(Reader):
 
     def context(self, observation: Observation, generator: torch.Generator | None = None) -> Context:
         """What the backbone makes of an observation as recorded; augmented if a `generator` is given."""
-        return self.backbone(self.prepare(observation, generator))
+        prepared = self.prepare(observation, generator)
+        return replace(self.backbone(prepared), state=prepared.state)
 
     def in_units(self, chunk: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h a"]:
         """What the head answered, in the environment's units and limits."""

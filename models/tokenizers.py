@@ -50,16 +50,14 @@ def find_tokenizer(folder: Path | str) -> "PreTrainedTokenizerFast":
     )
 
 
-def write_tiny_tokenizer(folder: Path | str) -> Path:
-    """Write a tokenizer of 262 tokens into `folder`, built as PaliGemma's is but with no words in it.
+def byte_tokenizer() -> "Tokenizer":
+    """A tokenizer of 262 tokens, built as PaliGemma's is but with no words in it; nothing is downloaded.
 
-    It stands in for PaliGemma's in tests and demos, and nothing is downloaded: its four special tokens under their own
-    ids, a token for "\\n", one for a space, and one for each byte of everything else. Returns the folder.
+    It has PaliGemma's four special tokens under their own ids, a token for "\\n", one for a space, and one for each
+    byte of everything else.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokens = [*SPECIAL.values(), *(f"<0x{byte:02X}>" for byte in range(256)), "\n", SPACE]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL["unk_token"], byte_fallback=True))
@@ -67,7 +65,14 @@ def write_tiny_tokenizer(folder: Path | str) -> Path:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = _begin_with_bos(tokenizer)
-    tokenizer.save(str(folder / VOCABULARY))
+    return tokenizer
+
+
+def write_tiny_tokenizer(folder: Path | str) -> Path:
+    """Write the byte tokenizer into `folder`, to stand in for PaliGemma's in tests and demos. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / VOCABULARY))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", **SPECIAL}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
     return folder

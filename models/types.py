@@ -135,18 +135,54 @@ class Judged(Batch):
         return super()._fields_of(columns) | judged
 
 
+Layer = tuple[Float[Tensor, "b g n f"], Float[Tensor, "b g n f"]]  # keys and values of a prefix's tokens, g groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a backbone makes of an observation: one vector, or tokens, or both. Tokens carry their positions already."""
+    """What a backbone makes of an observation: one vector, tokens, what each layer kept of its tokens, or several.
+
+    Tokens carry their positions already, unless `places` has them.
+    """
 
     pooled: Float[Tensor, "b d"] | None = None
     tokens: Float[Tensor, "b n d"] | None = None
-    token_is_pad: Bool[Tensor, "b n"] | None = None  # None = every token counts
+    token_is_pad: Bool[Tensor, "b n"] | None = None  # None = every token counts; of `tokens` and of `layers`
+    places: Float[Tensor, "n d"] | None = None  # for attention to add to its queries and keys, layer by layer (DETR)
+    layers: tuple[Layer, ...] | None = None  # for a head that attends to the prefix in every layer of its own (pi0)
+    state: Float[Tensor, "b s"] | None = None  # normalised and padded; the policy fills it in for every head
 
     def repeat(self, k: int) -> "Context":
         """Each sample k times in a row."""
-        return Context(**{f.name: None if (v := getattr(self, f.name)) is None else v.repeat_interleave(k, dim=0)
-                          for f in fields(self)})  # fmt: skip
+
+        def repeated(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(repeated(v) for v in value)
+            return None if value is None else value.repeat_interleave(k, dim=0)
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Context(**{name: v if name == "places" else repeated(v) for name, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Of `Context.layers`."""
+
+    layers: int
+    groups: int  # of keys and values (grouped-query attention)
+    queries: int  # attention heads
+    width: int  # of a key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a head is built for."""
+
+    context: int  # d of the Context
+    state: int  # components of the state inside the network
+    horizon: int  # actions per chunk
+    action: int  # components of an action inside the network
+    layers: LayerShape | None = None  # of the Context, where the backbone gives layers
 
 
 @runtime_checkable
@@ -154,11 +190,12 @@ class Backbone(Protocol):
     """An `nn.Module` that reads observations.
 
     Built as `Class(Config(...), cameras=, image_size=, state_width=, give=)`, where `give` is the part of `gives` that
-    the head reads: what nobody reads is not built, so that no parameter goes without a gradient.
+    the head reads: what nobody reads is not built, so that no parameter goes without a gradient. One that gives
+    "layers" has their `layer_shape`.
     """
 
     Config: ClassVar[type]  # frozen dataclass of its options
-    gives: ClassVar[frozenset[str]]  # of "pooled", "tokens": the fields of Context it can fill
+    gives: ClassVar[frozenset[str]]  # of "pooled", "tokens", "places", "layers": the fields of Context it can fill
     width: int  # d of its Context
 
     def __call__(self, observation: Observation) -> Context:
@@ -174,11 +211,12 @@ class Backbone(Protocol):
 class Head(Protocol):
     """An `nn.Module` that turns a Context into chunks of normalised actions.
 
-    Built as `Class(Config(...), context_width=, horizon=, action_width=)`.
+    Built as `Class(Config(...), sizes)`, with the `Sizes` it is for.
     """
 
     Config: ClassVar[type]  # frozen dataclass of its options
     needs: ClassVar[frozenset[str]]  # the fields of Context it reads
+    likes: ClassVar[frozenset[str]]  # those it reads too where the backbone gives them; most heads: none
     noise_shape: tuple[int, ...]  # of what `sample` starts from, per sample; (0,) for a deterministic head
 
     def loss(

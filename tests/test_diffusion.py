@@ -17,7 +17,7 @@ from models.checkpoint import load_policy, publish, save_policy
 from models.config import PolicyConfig
 from models.heads.diffusion import DiffusionConfig, DiffusionHead, _generator
 from models.layers.augment import random_shift
-from models.types import Context, Observation
+from models.types import Context, Observation, Sizes
 
 PX, CROP = 72, 64  # of the pictures of the reference
 CAMERAS = ("head", "wrist")
@@ -37,7 +37,7 @@ def config(backbone: dict | None = None, **head) -> PolicyConfig:
 def make_head(horizon: int = HORIZON, width: int = 16, **options) -> DiffusionHead:
     torch.manual_seed(0)
     options = DiffusionConfig(**{"preset": "tiny", **options})
-    return DiffusionHead(options, context_width=width, horizon=horizon, action_width=ACTION).eval()
+    return DiffusionHead(options, Sizes(context=width, state=STATE, horizon=horizon, action=ACTION)).eval()
 
 
 def make_backbone(image_size: tuple[int, int] = (PX, PX), **options) -> DiffusionRgb:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.layers.embedding import sequence_positions
 from models.layers.masked import masked_mean
-from models.types import Context, Info
+from models.types import Context, Info, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,10 @@ class ActHead(nn.Module):
 
     Config: ClassVar[type] = ActConfig
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    likes: ClassVar[frozenset[str]] = frozenset()
     noise_shape = (0,)
 
-    def __init__(self, config: ActConfig, *, context_width: int, horizon: int, action_width: int) -> None:
+    def __init__(self, config: ActConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
         layer = {
@@ -49,14 +50,14 @@ class ActHead(nn.Module):
             "dropout": config.dropout,
             "batch_first": True,
         }
-        self.context = nn.Linear(context_width, config.dim)
+        self.context = nn.Linear(sizes.context, config.dim)
         if config.encoder_layers:
             self.encoder = _encoder(layer, config.encoder_layers)
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), config.decoder_layers)
-        self.queries = nn.Parameter(torch.randn(horizon, config.dim) * 0.02)
-        self.action = nn.Linear(config.dim, action_width)
+        self.queries = nn.Parameter(torch.randn(sizes.horizon, config.dim) * 0.02)
+        self.action = nn.Linear(config.dim, sizes.action)
         if config.use_vae:
-            self.style = _Style(config, layer, horizon=horizon, action_width=action_width)
+            self.style = _Style(config, layer, horizon=sizes.horizon, action_width=sizes.action)
             self.of_style = nn.Linear(config.latent, config.dim)
 
     def loss(

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 from data.errors import BadInput
 from models.layers.masked import masked_mean
 from models.seeds import derive
-from models.types import Context, Info
+from models.types import Context, Info, Sizes
 
 GROUPS = 8  # of the UNet's GroupNorm; LeRobot's last block knows no other number
 
@@ -79,13 +79,14 @@ class DiffusionHead(nn.Module):
 
     Config: ClassVar[type] = DiffusionConfig
     needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    likes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: DiffusionConfig, *, context_width: int, horizon: int, action_width: int) -> None:
+    def __init__(self, config: DiffusionConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
-        self.noise_shape = (horizon, action_width)
-        self.unet, halvings = _unet(config, context_width, action_width)
-        self.missing = -horizon % 2**halvings  # steps to a length that can be halved so often
+        self.noise_shape = (sizes.horizon, sizes.action)
+        self.unet, halvings = _unet(config, sizes.context, sizes.action)
+        self.missing = -sizes.horizon % 2**halvings  # steps to a length that can be halved so often
         self.scheduler = _scheduler(config)
 
     def loss(

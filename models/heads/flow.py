@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.flow import CONVENTIONS, euler
 from models.layers.embedding import sequence_positions, sinusoid
 from models.layers.masked import masked_mean
-from models.types import Context, Info
+from models.types import Context, Info, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,20 @@ class FlowHead(nn.Module):
 
     Config: ClassVar[type] = FlowConfig
     needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    likes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: FlowConfig, *, context_width: int, horizon: int, action_width: int) -> None:
+    def __init__(self, config: FlowConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
         self.convention = CONVENTIONS[config.convention]
-        self.noise_shape = (horizon, action_width)
-        self.context = nn.Linear(context_width, config.dim)
+        self.noise_shape = (sizes.horizon, sizes.action)
+        self.context = nn.Linear(sizes.context, config.dim)
         self.time = nn.Sequential(nn.Linear(config.dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim))
-        self.of_action = nn.Linear(action_width, config.dim)
-        self.blocks = nn.ModuleList(_Block(config, horizon) for _ in range(config.layers))
+        self.of_action = nn.Linear(sizes.action, config.dim)
+        self.blocks = nn.ModuleList(_Block(config, sizes.horizon) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
-        self.velocity_of = nn.Linear(config.dim, action_width)
-        self.register_buffer("places", sequence_positions(horizon, config.dim), persistent=False)
+        self.velocity_of = nn.Linear(config.dim, sizes.action)
+        self.register_buffer("places", sequence_positions(sizes.horizon, config.dim), persistent=False)
 
     def loss(
         self, context: Context, action: Float[Tensor, "b h a"], mask: Bool[Tensor, "b h a"], generator: torch.Generator

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from models.layers.masked import masked_mean
-from models.types import Context, Info
+from models.types import Context, Info, Sizes
 
 SMALLEST = 1e-6  # standard deviation, normalised units
 
@@ -31,13 +31,14 @@ class GaussianHead(nn.Module):
 
     Config: ClassVar[type] = GaussianConfig
     needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    likes: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: GaussianConfig, *, context_width: int, horizon: int, action_width: int) -> None:
+    def __init__(self, config: GaussianConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.noise_shape = (horizon, action_width)
+        self.noise_shape = (sizes.horizon, sizes.action)
         self.mean, self.spread = (
             nn.Sequential(
-                nn.Linear(context_width, config.dim), nn.ReLU(), nn.Linear(config.dim, horizon * action_width)
+                nn.Linear(sizes.context, config.dim), nn.ReLU(), nn.Linear(config.dim, sizes.horizon * sizes.action)
             )
             for _ in range(2)
         )
