@@ -214,6 +214,6 @@ def test_which_scan_is_said_once(anew, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger=scan.__name__)
     for _ in range(3):
         selective_scan(*arguments(5))
-        assert scan.scan_on("cuda") is portable_scan
+        assert scan.scan_on("cuda").__name__ == "triton_scan"
     levels = [(r.levelname, r.getMessage().split(":")[0]) for r in caplog.records]
-    assert levels == [("INFO", "Mamba's scan on cpu"), ("WARNING", "Mamba's scan on cuda")]
+    assert levels == [("INFO", "Mamba's scan on cpu"), ("INFO", "Mamba's scan on cuda")]

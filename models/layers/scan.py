@@ -5,8 +5,8 @@
 for each of d channels, each with n states: A [d n] < 0, B_t and C_t [n] shared by the channels, δ_t = softplus(delta_t)
 [d]. Gu & Dao 2023 (arXiv 2312.00752), algorithm 2, as in mamba-ssm.
 
-On CUDA mamba-ssm's kernel does it where that is installed (extra `cuda`); everywhere else `portable_scan`, whose
-results are the same. Which one, is said once in the log.
+On CUDA mamba-ssm's kernel does it where that is installed (extra `cuda`), ours in Triton (`scan_triton`) where it is
+not; everywhere else `portable_scan`. Their results are the same. Which one, is said once in the log.
 
 The portable one goes block by block, so that what it works on stays in the processor's cache and of all states only
 one per block is kept:
@@ -71,8 +71,8 @@ def scan_on(device: str) -> Callable[..., Tensor]:
     try:
         kernel = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     except ImportError as why:
-        log.warning("Mamba's scan on cuda: portable and slow, without mamba-ssm (extra `cuda`): %s", why)
-        return portable_scan
+        log.info("Mamba's scan on cuda: Triton (mamba-ssm, extra `cuda`: %s)", why)
+        return importlib.import_module("models.layers.scan_triton").triton_scan
     log.info("Mamba's scan on cuda: mamba-ssm's kernel")
 
     def with_kernel(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor) -> Tensor:
