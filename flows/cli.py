@@ -1,6 +1,7 @@
 """`flywheel`: the command line. Nothing heavy is imported before it is known what is asked."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ FLOWS = {
     "dataset": "frame stores, chunk tables and the training set",
     "train": "a policy checkpoint",
     "evaluate": "success on unseen seeds",
+    "compare": "several recipes on the same data and seeds: success, speed, memory",
 }
 COMMANDS = {
     "stage": "one stage of a recipe, written where dvc.yaml expects it",
@@ -27,7 +29,7 @@ COMMANDS = {
 }
 USAGE = """usage: flywheel COMMAND ...
 
-flows (each: flywheel FLOW [RECIPE] [options]; RECIPE is demo unless said)
+flows (each: flywheel FLOW [RECIPE] [options]; RECIPE is demo unless said; compare takes several)
 {flows}
 commands
 {commands}
@@ -38,7 +40,8 @@ commands
 class Arguments:
     """What a flow was asked."""
 
-    recipe: str = "demo"
+    recipes: list[str] = field(default_factory=list)
+    several: bool = False  # whether it takes more than one recipe
     overrides: list[str] = field(default_factory=list)
     force: list[str] = field(default_factory=list)
     explain: bool = False
@@ -47,6 +50,11 @@ class Arguments:
     resume: bool = True
     another_night: bool = False
     help: bool = False
+
+    @property
+    def recipe(self) -> str:
+        """The one that is asked for, or the first of several."""
+        return self.recipes[0] if self.recipes else "demo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as fault:
         print(f"flywheel: {fault}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our lines has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("flywheel: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -71,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise BadInput(f"unknown command {command!r}{did_you_mean(command, [*FLOWS, *COMMANDS])}")
     import_module("flows.environment").prepare()
     if command in FLOWS:
-        return _flow(command, parse(rest))
+        return _flow(command, parse(rest, several=command == "compare"))
     return import_module("flows.commands").run(command, rest)
 
 
@@ -91,12 +102,12 @@ def _flow(command: str, asked: Arguments) -> int:
     return 0
 
 
-def parse(rest: Sequence[str]) -> Arguments:
-    """`[RECIPE] [--fit.lr 1e-4 | --fit.lr=1e-4] [--force STAGE]`, and the flags of `flows.help.COMMON`."""
-    asked = Arguments()
+def parse(rest: Sequence[str], *, several: bool = False) -> Arguments:
+    """`[RECIPE ...] [--fit.lr 1e-4 | --fit.lr=1e-4] [--force STAGE]`, and the flags of `flows.help.COMMON`."""
+    asked = Arguments(several=several)
     queue = list(rest)
-    if queue and not queue[0].startswith("-"):
-        asked.recipe = queue.pop(0)
+    while queue and not queue[0].startswith("-") and (several or not asked.recipes):
+        asked.recipes.append(queue.pop(0))
     while queue:
         word = queue.pop(0)
         if word in ("-h", "--help"):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from rich.table import Table
+
 from tasks.progress import console
 
 SHOWN = {  # key of the summary -> what people call it
@@ -20,6 +22,8 @@ SHOWN = {  # key of the summary -> what people call it
 def show(summary: dict[str, Any]) -> None:
     """Print the summary for people, to the terminal (the JSON form goes to standard output)."""
     console.print()
+    if "rows" in summary:
+        console.print(_table(summary))
     if "success" in summary:
         low, high = summary["interval"]
         console.print(
@@ -52,3 +56,26 @@ def show(summary: dict[str, Any]) -> None:
         "Pages of Prefect and MLflow: flywheel up",
         markup=False,
     )
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """Recipes side by side, the best first."""
+    rows = summary["rows"]
+    about = (
+        f"{summary['steps']} steps of {summary['batch_size']}, {rows[0]['episodes']} unseen seeds, {rows[0]['device']}"
+    )
+    table = Table(title=about, title_justify="left")
+    for name in ("recipe", "success (95 %)", "p to the best", "parameters", "train samples/s", "ms/chunk", "peak MB"):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    for row in rows:
+        low, high = row["interval"]
+        table.add_row(
+            row["recipe"],
+            f"{row['success']:.0%} ({low:.0%} to {high:.0%})",
+            f"{row['p_value']:.2g}" if "p_value" in row else "",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['samples_per_s']:.0f}",
+            f"{row['chunk_ms']:.1f}",
+            f"{row['peak_mb']}",
+        )
+    return table

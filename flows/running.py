@@ -20,16 +20,17 @@ from tasks.stages import STAGES, Outcome, Session, session
 
 if TYPE_CHECKING:
     from flows.cli import Arguments
+    from tasks.recipe import Recipe
 
 MODULES = {"nightly": "flows.nightly", "collect": "flows.collect", "dataset": "flows.dataset",
-           "train": "flows.train", "evaluate": "flows.evaluation"}  # fmt: skip
+           "train": "flows.train", "evaluate": "flows.evaluation", "compare": "flows.compare"}  # fmt: skip
 
 
 def run(flow: str, asked: "Arguments") -> dict[str, Any]:
     """Run `flow` in this process against the local Prefect server. Returns its summary."""
     started = time.monotonic()
     refuse_unknown(asked)
-    console.print(f"flywheel {flow} {asked.recipe}", style="bold")
+    console.print(f"flywheel {flow} {' '.join(asked.recipes or [asked.recipe])}", style="bold")
     import_module("flows.services").ensure_server()
     flow_function = getattr(import_module(MODULES[flow]), flow)
     reporter = _Reporter()
@@ -53,10 +54,16 @@ def record(summary: dict[str, Any], file: str) -> None:
 
 def refuse_unknown(asked: "Arguments") -> None:
     """Refuse what is wrong with the request before anything is started."""
-    recipe = load(asked.recipe, asked.overrides)
+    if asked.several and len(asked.recipes) < 2:
+        raise BadInput("compare needs two recipes or more, e.g. `flywheel compare act flow_dit`")
     for stage in asked.force:
         if stage not in STAGES:
             raise BadInput(f"--force {stage}: unknown stage{did_you_mean(stage, STAGES)}")
+    for name in asked.recipes or [asked.recipe]:
+        _refuse_unknown_parts(load(name, asked.overrides))
+
+
+def _refuse_unknown_parts(recipe: "Recipe") -> None:
     for scene in recipe.scenes:
         SCENES.module(scene)
     for backbone in (recipe.policy.backbone, *([recipe.improve.critic.backbone] if recipe.improve else [])):
@@ -83,7 +90,8 @@ def explain(flow: str, asked: "Arguments") -> None:
 
 
 def _parameters(flow: str, asked: "Arguments") -> dict[str, Any]:
-    parameters: dict[str, Any] = {"recipe": asked.recipe, "overrides": asked.overrides}
+    recipes = {"recipes": asked.recipes} if flow == "compare" else {"recipe": asked.recipe}
+    parameters: dict[str, Any] = recipes | {"overrides": asked.overrides}
     if asked.another_night and flow != "nightly":
         raise BadInput(f"--another-night belongs to nightly; with {flow} write --collect.nights N")
     return parameters | ({"another_night": True} if asked.another_night else {})
