@@ -94,6 +94,10 @@ class FlywheelEnv(gym.Env):
             self._execute(action)
         return self._observation(), self._info()
 
+    def positions(self) -> dict[str, Float32[np.ndarray, "3"]]:
+        """Centre of each body, m: for probes of what a network has understood, never for a policy."""
+        return {name: p.astype(np.float32) for name, p in self._state.positions.items()}
+
     def close(self) -> None:
         self._looks = None
 
