@@ -46,12 +46,12 @@ class ActingPolicy:
 
     def _answer(self, asked: Observation, seeds: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
         noise = torch.stack([self._noise(seed, step) for seed, step in zip(seeds, steps, strict=True)])
-        return self.policy.act(asked, noise=noise)
+        return self.policy.predict_action(asked, noise=noise)
 
     def _noise(self, seed: int, step: int, *proposal: int) -> torch.Tensor:
         """Drawn on the CPU, so that every device starts from the same."""
         generator = torch.Generator().manual_seed(derive("act", seed, step, *proposal))
-        return torch.randn(self.policy.head.noise_shape, generator=generator)
+        return torch.randn(self.policy.noise_shape, generator=generator)
 
 
 class BestOf(ActingPolicy):

@@ -75,7 +75,7 @@ def _load[M: Reader](path: Path | str, weights: str, fits: Schema | None, whose:
     verify(path)
     spec = read_spec(path)
     model_class = POLICIES.resolve(spec.kind)
-    if not issubclass(model_class, kind):
+    if not issubclass(model_class.Spec, kind.Spec):
         raise BadInput(f"{path}: holds a {spec.kind}, not {what}; name a checkpoint of {what}")
     if fits is not None:
         spec.schema.refuse_unless_fits(fits, mine=f"checkpoint {path.name}", others=whose)

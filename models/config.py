@@ -30,6 +30,13 @@ class PolicyConfig(ReaderConfig):
     head: str = "act"  # registered head
     head_options: dict[str, Any] = field(default_factory=dict)  # fields of the head's Config, e.g. dim
     precision: Precision = "auto"  # arithmetic of acting
+    kind: str = "pair"  # registered policy; of any but pair, `options` say all, and backbone and head are not read
+    options: dict[str, Any] = field(default_factory=dict)  # fields of the Config of a policy that is no pair
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "PolicyConfig":
+        """From `dataclasses.asdict`."""
+        return cls(**value)
 
 
 @dataclass(frozen=True, kw_only=True)

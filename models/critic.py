@@ -34,12 +34,13 @@ WORDS = 32  # width of a task's vector
 class CriticSpec(Spec[CriticConfig]):
     """All that decides a critic's architecture and meaning."""
 
-    kind: str = "critic"
+    @property
+    def kind(self) -> str:
+        return "critic"
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "CriticSpec":
         return cls(
-            kind=value["kind"],
             horizon=value["horizon"],
             config=CriticConfig(**value["config"]),
             schema=Schema.from_json(value["schema"]),

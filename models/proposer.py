@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from data.store import canonical
 from data.untrusted import fault
 from models.checkpoint import INDEX, load_policy, read_json
 from models.devices import best_device, threads, usable_threads
+from models.pair import Pair
 from models.policy import Policy
 from models.seeds import derive
 from models.types import Observation
@@ -59,11 +60,11 @@ class CheckpointProposer:
         self.policy = policy.eval().requires_grad_(False)
         self.digest = digest
         self.horizon = policy.spec.horizon
-        self.noise_shape: tuple[int, ...] = policy.head.noise_shape
+        self.noise_shape = policy.noise_shape
 
     def provenance(self) -> dict[str, Any]:
         norm = hashlib.sha256(canonical(self.policy.norm_to_json()).encode()).hexdigest()
-        steps = getattr(self.policy.head.config, "steps", None)
+        steps = getattr(_head_config(self.policy), "steps", None)
         return {"kind": self.policy.spec.kind, "policy": self.digest, "steps": steps, "normalization": norm}
 
     def propose(self, observation: Observation, noise: Float[Tensor, "b k ..."]) -> Float[Tensor, "b k h a"]:
@@ -168,9 +169,16 @@ def _of_checkpoint(folder: Path, schema: Schema, digest: str, steps: int | None)
 
 
 def _set_steps(policy: Policy, steps: int) -> None:
-    if not hasattr(policy.head.config, "steps"):
-        raise BadInput(f"relabel.steps is {steps}, but head {policy.spec.config.head!r} denoises nothing; leave it out")
-    policy.head.config = replace(policy.head.config, steps=steps)
+    config = _head_config(policy)
+    if not hasattr(config, "steps"):
+        spec = policy.spec
+        what = f"head {spec.config.head!r}" if isinstance(policy, Pair) else f"policy {spec.kind!r}"
+        raise BadInput(f"relabel.steps is {steps}, but {what} denoises nothing; leave it out")
+    cast(Pair, policy).head.config = replace(config, steps=steps)
+
+
+def _head_config(policy: Policy) -> Any:
+    return getattr(policy.head, "config", None) if isinstance(policy, Pair) else None
 
 
 def _noise(proposer: Proposer, *purpose: str | int) -> Tensor:

@@ -33,7 +33,11 @@ class Spec[C: ReaderConfig]:
     config: C
     schema: Schema  # of the data it learns from and of the observations it reads
     horizon: int  # actions per chunk
-    kind: str  # registered class of the model
+
+    @property
+    def kind(self) -> str:
+        """Registered class of the model."""
+        raise NotImplementedError
 
     @property
     def state_width(self) -> int:

@@ -30,7 +30,7 @@ HEADS = Registry(
 POLICIES = Registry(  # what a checkpoint can hold
     "policy",
     {
-        "pair": "models.policy:Policy",  # any backbone with any head that fits it
+        "pair": "models.pair:Pair",  # any backbone with any head that fits it
         "critic": "models.critic:Critic",
     },
 )

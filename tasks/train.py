@@ -186,7 +186,7 @@ def _policy(job: Job) -> "Policy":
     params, whole = job.params, read_set(job.upstream("dataset")[0])
     if parents := job.upstream("train"):
         return load_policy(parents[0].dir, fits=whole.schema)
-    spec = PolicySpec(config=PolicyConfig(**params["policy"]), schema=whole.schema, horizon=params["horizon"])
+    spec = PolicySpec(config=PolicyConfig.from_json(params["policy"]), schema=whole.schema, horizon=params["horizon"])
     return Policy.build(spec, whole.stats, seed=params["fit"]["seed"])
 
 

@@ -33,7 +33,7 @@ def test_saved_is_loaded(head, tmp_path):
         torch.equal(a, b) for a, b in zip(policy.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     seen = batch().observation
-    assert torch.equal(policy.act(seen, generator(0)), loaded.act(seen, generator(0)))
+    assert torch.equal(policy.predict_action(seen, generator(0)), loaded.predict_action(seen, generator(0)))
     assert not loaded.training
 
 

@@ -235,7 +235,7 @@ def test_padded_entries_get_no_gradient(monkeypatch):
     with torch.no_grad():
         policy.head.unet.final_conv[-1].bias[ACTION:] += 1e6
     assert torch.equal(policy.loss(data, generator("loss"))[0], loss)
-    assert policy.act(data.observation, generator("n")).shape == (8, HORIZON, ACTION)
+    assert policy.predict_action(data.observation, generator("n")).shape == (8, HORIZON, ACTION)
 
 
 @pytest.mark.parametrize("horizon", [1, 5, 8])
@@ -304,7 +304,7 @@ def test_saved_is_loaded(options, tmp_path):
     publish(tmp_path / "step-1", lambda hidden: save_policy(policy, hidden), step=1)
     loaded, seen = load_policy(tmp_path / "step-1"), batch().observation
     assert loaded.spec == policy.spec
-    assert torch.equal(policy.act(seen, generator(0)), loaded.act(seen, generator(0)))
+    assert torch.equal(policy.predict_action(seen, generator(0)), loaded.predict_action(seen, generator(0)))
 
 
 def test_it_learns_eight_chunks():
@@ -316,7 +316,7 @@ def test_it_learns_eight_chunks():
         return (chunk - data.action).abs()[real].mean().item()
 
     still = policy.in_units(torch.zeros(8, HORIZON, ACTION))
-    start = min(error(still), error(policy.eval().act(data.observation, generator("n"))))
+    start = min(error(still), error(policy.eval().predict_action(data.observation, generator("n"))))
     optimizer = torch.optim.AdamW(policy.train().parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=201, pct_start=0.05)
     for step in range(200):
@@ -325,7 +325,7 @@ def test_it_learns_eight_chunks():
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    assert error(policy.eval().act(data.observation, generator("n"))) < 0.1 * start
+    assert error(policy.eval().predict_action(data.observation, generator("n"))) < 0.1 * start
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_a_head_that_reads_tokens_is_refused_naming_those_that_fit():
     fitting = str(fault.value).split("heads that fit it: ")[1].split(", ")
     assert {"diffusion", "flow"} <= set(fitting) <= set(registry.HEADS) - {"act"}
     policy = build(replace(config(), head="flow", head_options={"dim": 16}))
-    assert policy.act(batch().observation, generator(0)).isfinite().all()
+    assert policy.predict_action(batch().observation, generator(0)).isfinite().all()
 
 
 @pytest.mark.parametrize(

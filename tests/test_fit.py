@@ -67,7 +67,7 @@ def test_overfits_eight_chunks(head, tmp_path):
             yield data
 
     out, _ = run(tmp_path, policy, fit_config, make_batches=same)
-    chunk = load_policy(out).act(data.observation, generator(0))
+    chunk = load_policy(out).predict_action(data.observation, generator(0))
     wanted = data.action[~data.action_is_pad]
     width = torch.tensor(policy.action.width, dtype=torch.float32)
     error = ((chunk[~data.action_is_pad] - wanted) / width).abs().mean()

@@ -71,7 +71,7 @@ def test_padded_widths_never_enter_the_loss(head, monkeypatch):
     with torch.no_grad():
         last.bias[ACTION:] += 1e6
     assert torch.equal(policy.loss(data, generator("l"))[0], loss)
-    assert policy.act(data.observation, generator("n")).shape == (8, HORIZON, ACTION)
+    assert policy.predict_action(data.observation, generator("n")).shape == (8, HORIZON, ACTION)
 
 
 def test_loss_of_a_perfect_prediction_is_zero(monkeypatch):
@@ -80,11 +80,11 @@ def test_loss_of_a_perfect_prediction_is_zero(monkeypatch):
     assert policy.loss(data, generator(0))[0].abs().max() < 1e-6
 
 
-def test_act_answers_in_the_environment_s_units_and_clips_commands(monkeypatch):
+def test_the_answer_is_in_the_environment_s_units_and_clips_commands(monkeypatch):
     policy = build().eval()
     normalised = torch.full((3, HORIZON, ACTION), 2.0)
     monkeypatch.setattr(policy.head, "sample", lambda context, noise: normalised)
-    chunk = policy.act(observation(), generator(0))
+    chunk = policy.predict_action(observation(), generator(0))
     expected = stats()["action"].mean + 2 * stats()["action"].std
     assert torch.allclose(chunk[0, 0, 2], torch.tensor(expected[2], dtype=torch.float32))  # rad: no limit
     assert expected[1] > 1 and (chunk[..., 1] == 1).all()  # "1": a command in [-1, 1]
@@ -106,6 +106,15 @@ def test_acting_is_a_function_of_observation_seed_and_step(head):
         other_step = acting.act({name: c[3:4] for name, c in columns.items()}, ["t"], [4], [6])
         assert not np.array_equal(other_step, alone)
     assert not acting.policy.training and torch.get_num_threads() != 0
+
+
+def test_inference_and_get_action_are_predict_action():
+    policy, seen = build(config("flow")).eval(), observation()
+    noise = torch.randn(3, *policy.noise_shape, generator=generator("noise"))
+    chunk = policy.predict_action(seen, noise=noise)
+    assert torch.equal(policy.inference(seen, noise=noise), chunk)
+    assert torch.equal(policy.get_action(seen, noise=noise), chunk)
+    assert torch.equal(policy.propose(seen, noise[:, None])[:, 0], chunk)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_a_pair_that_does_not_fit_is_refused_naming_those_that_do(monkeypatch):
     ):
         build(PolicyConfig(backbone="pooled_only", head="act", head_options=HEADS["act"]))
     policy = build(PolicyConfig(backbone="pooled_only", head="flow", head_options=HEADS["flow"]))
-    assert policy.act(observation(), generator(0)).shape == (3, HORIZON, ACTION)
+    assert policy.predict_action(observation(), generator(0)).shape == (3, HORIZON, ACTION)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,7 @@ def test_a_pair_that_does_not_fit_is_refused_naming_those_that_do(monkeypatch):
 )
 def test_observations_that_do_not_fit_are_refused(change, message):
     with pytest.raises(BadInput, match=message):
-        build().act(change(observation()), generator(0))
+        build().predict_action(change(observation()), generator(0))
 
 
 def test_resnet18_reads_a_picture(tmp_path):
@@ -188,7 +197,7 @@ def test_resnet18_reads_a_picture(tmp_path):
     trunk = policy.backbone.trunks[0].state_dict()
     assert torch.equal(trunk["1.layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
     assert not any(p.requires_grad for p in policy.backbone.trunks.parameters())
-    assert policy.act(observation(1), generator(0)).isfinite().all()
+    assert policy.predict_action(observation(1), generator(0)).isfinite().all()
     save_file({"conv1.weight": weights["conv1.weight"]}, tmp_path / "resnet18.safetensors")
     with pytest.raises(BadInput, match=r"bn1.weight is missing"):
         build(PolicyConfig(backbone_options=options, head_options=HEADS["act"]))

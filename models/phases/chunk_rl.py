@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from data.errors import BadInput
 from models.config import ChunkRLConfig
 from models.critic import Critic, CriticSpec
+from models.pair import Pair
 from models.phases.chunk_critic import TargetQ, expectile_part, q_part, soft_part
 from models.phases.chunk_policy import advantage_weights, effective_sample_size
-from models.policy import Policy
 from models.types import Batch, Info, Observation, ParameterGroup, Phase, Transition
 
 
@@ -30,8 +30,10 @@ class ChunkRL(Phase):
     Config: ClassVar[type] = ChunkRLConfig
     reads: ClassVar[type[Batch]] = Transition
 
-    def __init__(self, policy: Policy, config: ChunkRLConfig) -> None:
+    def __init__(self, policy: Pair, config: ChunkRLConfig) -> None:
         super().__init__()
+        if not isinstance(policy, Pair):
+            raise BadInput(f"chunk_rl reads a pair's head; train policy {policy.spec.kind!r} by chunk_policy")
         if config.imitate != "executed":
             raise BadInput("imitate best_of_k needs a critic that has finished: train chunk_critic, then chunk_policy")
         if config.alpha and not hasattr(policy.head, "log_prob"):
@@ -105,7 +107,7 @@ class ChunkRL(Phase):
         return weights * loss, info | {"ess": effective_sample_size(weights), "weight": weights.mean()}
 
 
-def _critic_beside(policy: Policy, config: ChunkRLConfig) -> Critic:
+def _critic_beside(policy: Pair, config: ChunkRLConfig) -> Critic:
     """A critic of the policy's schema and normalisation; `joint` reads through the policy's own backbone."""
     mine, shared = policy.spec.config, config.critic
     if config.joint:
