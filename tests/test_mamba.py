@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +119,20 @@ def test_names_shapes_and_counts_of_parameters():
     assert names == expected and "norm_f.weight" in stack.state_dict()
 
 
+def test_the_gated_mlp_is_mamba_ssms():
+    """Its names, its rounding of the width, its formula, its place behind the mixer, its initial scale."""
+    stack = MambaStack(MambaConfig(dim=32, state=4, intermediate=96), 3)
+    layer = stack.layers[1]
+    added = {name: tuple(p.shape) for name, p in layer.named_parameters() if not name.startswith(("mixer", "norm."))}
+    assert added == {"norm2.weight": (32,), "mlp.fc1.weight": (256, 32), "mlp.fc2.weight": (32, 128)}
+    x = tokens(7)
+    middle = x + layer.mixer(layer.norm(x))
+    up, gate = F.linear(layer.norm2(middle), layer.mlp.fc1.weight).split(128, dim=-1)
+    assert relative(layer(x), middle + F.linear(up * F.silu(gate), layer.mlp.fc2.weight)) < 1e-6
+    limit = 128**-0.5 / 6**0.5  # nn.Linear's, over six residuals
+    assert 0.95 * limit < layer.mlp.fc2.weight.abs().max() <= limit
+
+
 def test_initial_values():
     mixer = Mamba(MambaConfig())
     assert torch.equal(mixer.A_log[7], torch.arange(1.0, 17).log()) and mixer.D.eq(1).all()
@@ -171,9 +186,10 @@ def test_every_earlier_token_reaches_the_last_output():
     assert gradient.abs().amax(dim=(0, 2)).gt(0).all()
 
 
-def test_step_by_step_is_the_whole_sequence():
+@pytest.mark.parametrize("config", [TINY, replace(TINY, intermediate=64)])
+def test_step_by_step_is_the_whole_sequence(config):
     torch.manual_seed(0)
-    stack, x = MambaStack(TINY, 3), tokens(50)
+    stack, x = MambaStack(config, 3), tokens(50)
     states, y = stack.first_states(BATCH), []
     for t in range(50):
         now, states = stack.step(x[:, t], states)

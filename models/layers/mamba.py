@@ -3,6 +3,9 @@
     [b l dim] --in_proj--> x --conv1d over time, SiLU--> x --x_proj--> delta (dt_proj), B, C --scan--> y --out_proj-->
                      `---> gate --------------------------------------------------------------^
 
+    layer:  tokens -+- norm - mixer -(+)-+- norm2 - mlp -(+)-->       the second half only where `intermediate` is set
+                    `----------------^   `---------------^
+
 Parameters are named, shaped and initialised as in mamba-ssm, whose state dicts load here and the other way round.
 Whole sequences go through `forward`, in training and wherever all tokens are known; `step` goes on by one token.
 """
@@ -20,6 +23,7 @@ from models.layers.scan import selective_scan, selective_step
 
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_proj.bias) at the start: log-uniform
 NORM_EPS = 1e-5
+MLP_MULTIPLE = 128  # of a gated MLP's width, as in mamba-ssm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,7 @@ class MambaConfig:
     state: int = 16  # states per channel
     conv: int = 4  # taps of the causal convolution, the token itself included
     expand: int = 2  # channels inside, in dims
+    intermediate: int = 0  # width of the gated MLP after each block, rounded up to a multiple of 128; 0 = none
 
     @property
     def inner(self) -> int:
@@ -108,20 +113,43 @@ class Mamba(nn.Module):
         return -torch.exp(self.A_log.float())
 
 
+class GatedMLP(nn.Module):
+    """fc2(y · SiLU(gate)), where fc1 makes y and gate: mamba-ssm's, which its `d_intermediate` asks for."""
+
+    def __init__(self, dim: int, intermediate: int) -> None:
+        super().__init__()
+        hidden = -(-intermediate // MLP_MULTIPLE) * MLP_MULTIPLE
+        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "*b m"]) -> Float[Tensor, "*b m"]:
+        y, gate = self.fc1(tokens).chunk(2, dim=-1)
+        return self.fc2(y * F.silu(gate))
+
+
 class MambaLayer(nn.Module):
-    """Norm, block, residual."""
+    """Norm, block, residual; then, where it is asked for, norm, gated MLP, residual."""
+
+    mlp: GatedMLP | None
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.mixer = Mamba(config)
+        self.norm2 = nn.RMSNorm(config.dim, eps=NORM_EPS) if config.intermediate else None
+        self.mlp = GatedMLP(config.dim, config.intermediate) if config.intermediate else None
 
     def forward(self, tokens: Float[Tensor, "b l m"]) -> Float[Tensor, "b l m"]:
-        return tokens + self.mixer(self.norm(tokens))
+        return self._through_mlp(tokens + self.mixer(self.norm(tokens)))
 
     def step(self, token: Float[Tensor, "b m"], state: MambaState) -> tuple[Float[Tensor, "b m"], MambaState]:
         y, state = self.mixer.step(self.norm(token), state)
-        return token + y, state
+        return self._through_mlp(token + y), state
+
+    def _through_mlp(self, tokens: Float[Tensor, "*b m"]) -> Float[Tensor, "*b m"]:
+        if self.norm2 is None or self.mlp is None:
+            return tokens
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 class MambaStack(nn.Module):
@@ -131,9 +159,12 @@ class MambaStack(nn.Module):
         super().__init__()
         self.layers: Any = nn.ModuleList(MambaLayer(config) for _ in range(layers))
         self.norm_f = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        residuals = layers * (2 if config.intermediate else 1)
         with torch.no_grad():
             for layer in self.layers:  # so that the residual stream does not grow with depth (GPT-2)
-                layer.mixer.out_proj.weight /= math.sqrt(layers)
+                layer.mixer.out_proj.weight /= math.sqrt(residuals)
+                if layer.mlp:
+                    layer.mlp.fc2.weight /= math.sqrt(residuals)
 
     def forward(self, tokens: Float[Tensor, "b l m"]) -> Float[Tensor, "b l m"]:
         for layer in self.layers:
