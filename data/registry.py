@@ -29,10 +29,11 @@ class Registry:
         return iter(self.table)
 
     def register(self, name: str, target: str) -> None:
-        """Add `name` -> "module:Attribute". A name that is taken is refused."""
-        if name in self.table:
-            raise BadInput(f"{self.kind} {name!r} is already registered as {self.table[name]}; choose another name")
-        self.table[name] = target
+        """Add `name` -> "module:Attribute". A name that is another's is refused, naming both."""
+        if self.table.setdefault(name, target) != target:
+            raise BadInput(
+                f"{self.kind} {name!r} is {self.table[name]}, and {target} asks for the name; choose another"
+            )
 
     def module(self, name: str) -> str:
         """The module that `name` lives in. Raises `BadInput` with a did-you-mean."""

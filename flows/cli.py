@@ -33,7 +33,7 @@ flows (each: flywheel FLOW [RECIPE] [options]; RECIPE is demo unless said; compa
 {flows}
 commands
 {commands}
-`flywheel FLOW [RECIPE] --help` shows every option with its default and unit."""
+`flywheel FLOW [RECIPE] --help` shows every option with its default and unit. `--plugin MODULE` goes with all."""
 
 
 @dataclass
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    arguments = _without_plugins(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE.format(flows=_table(FLOWS), commands=_table(COMMANDS)))
         return 0
@@ -84,6 +85,22 @@ def _dispatch(arguments: list[str]) -> int:
     if command in FLOWS:
         return _flow(command, parse(rest, several=command == "compare"))
     return import_module("flows.commands").run(command, rest)
+
+
+def _without_plugins(arguments: list[str]) -> list[str]:
+    """`arguments` less `--plugin MODULE`, wherever it stands; what is named is known here and to all children."""
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        name, sign, plugin = word.partition("=")
+        if name != "--plugin":
+            rest.append(word)
+        elif sign or queue:
+            import_module("models.plugins").add(plugin or queue.pop(0))
+        else:
+            raise BadInput("--plugin needs a module that can be imported, or a file.py")
+    return rest
 
 
 def _flow(command: str, asked: Arguments) -> int:

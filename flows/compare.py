@@ -77,7 +77,7 @@ def _row(night: Recipe, checkpoint: Ref, score: Ref, pair: Ref | None) -> dict[s
     result = _result(score)
     return {
         "recipe": night.name,
-        "policy": f"{night.policy.backbone} + {night.policy.head}",
+        "policy": night.policy.parts,
         "success": result["success_rate"],
         "interval": result["interval"],
         "episodes": result["episodes"],

@@ -21,6 +21,7 @@ COMMON = {
     "--force STAGE": f"do this stage anyway ({', '.join(STAGES)}); may be repeated",
     "--no-resume": "start a killed training over instead of going on from its last checkpoint",
     "--another-night": "nightly only: collect one night more than were completed, as the schedule does",
+    "--plugin MODULE": "a module or file.py that registers models of yours (CONTRIBUTING.md); may be repeated",
     "--record FILE": "write the summary with the code's commit to a JSON file",
     "--json": "the summary as one JSON object on the last line",
 }

@@ -11,11 +11,12 @@ from data.paths import root
 from data.registry import did_you_mean
 from data.sim.registry import SCENES
 from flows.recipes import load
-from models.registry import BACKBONES, HEADS
+from models.registry import BACKBONES, modules
 from tasks.actors import starting_point, who_acts
 from tasks.adopt import refuse_malformed
 from tasks.progress import console
 from tasks.promote import commit
+from tasks.recipe import jsonable
 from tasks.stages import STAGES, Outcome, Session, session
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ def refuse_unknown(asked: "Arguments") -> None:
 def _refuse_unknown_parts(recipe: "Recipe") -> None:
     for scene in recipe.scenes:
         SCENES.module(scene)
-    for backbone in (recipe.policy.backbone, *([recipe.improve.critic.backbone] if recipe.improve else [])):
-        BACKBONES.module(backbone)
-    HEADS.module(recipe.policy.head)
+    modules(jsonable(recipe.policy))
+    if recipe.improve:
+        BACKBONES.module(recipe.improve.critic.backbone)
     who_acts(recipe, night=1)
     if recipe.improve and recipe.improve.start != "champion":
         starting_point(recipe)

@@ -30,8 +30,8 @@ from data.errors import BadInput
 from data.normalize import Normalizer
 from data.schema import Schema
 from data.store import MANIFEST, fsync, refusing_storage_faults, sha256_file
-from models.critic import Critic
-from models.policy import Policy
+from models.critic import Critic, CriticSpec
+from models.policy import Policy, PolicySpec
 from models.reading import Reader, Spec
 from models.registry import POLICIES
 
@@ -62,26 +62,27 @@ def load_policy(
     `fits` is the schema it must have been trained on, `whose` says in words whose schema that is. Raises `BadInput` for
     a file that is missing, damaged or of another kind, a weight that is missing or unknown, and a schema that differs.
     """
-    return _load(path, weights, fits, whose, Policy, "a policy")
+    return _load(path, weights, fits, whose, Policy, PolicySpec, "a policy")
 
 
 def load_critic(path: Path | str, *, fits: Schema | None = None, whose: str = "the dataset") -> Critic:
     """The averaged weights of a critic's checkpoint: what Polyak's target is. Raises `BadInput` as `load_policy`."""
-    return _load(path, "ema", fits, whose, Critic, "a critic")
+    return _load(path, "ema", fits, whose, Critic, CriticSpec, "a critic")
 
 
-def _load[M: Reader](path: Path | str, weights: str, fits: Schema | None, whose: str, kind: type[M], what: str) -> M:
+def _load[M: Reader](
+    path: Path | str, weights: str, fits: Schema | None, whose: str, kind: type[M], of_kind: type[Spec[Any]], what: str
+) -> M:
     path = Path(path)
     verify(path)
     spec = read_spec(path)
-    model_class = POLICIES.resolve(spec.kind)
-    if not issubclass(model_class.Spec, kind.Spec):
+    if not isinstance(spec, of_kind):
         raise BadInput(f"{path}: holds a {spec.kind}, not {what}; name a checkpoint of {what}")
     if fits is not None:
         spec.schema.refuse_unless_fits(fits, mine=f"checkpoint {path.name}", others=whose)
     norm = read_json(path / NORM)
     normalizers = {name: Normalizer.from_json(value) for name, value in norm.items()}
-    model = model_class.restore(spec, normalizers)
+    model = kind.restore(spec, normalizers)
     load_strictly(model, path / (EMA if weights == "ema" else WEIGHTS))
     return model.eval()
 

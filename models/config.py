@@ -33,6 +33,11 @@ class PolicyConfig(ReaderConfig):
     kind: str = "pair"  # registered policy; of any but pair, `options` say all, and backbone and head are not read
     options: dict[str, Any] = field(default_factory=dict)  # fields of the Config of a policy that is no pair
 
+    @property
+    def parts(self) -> str:
+        """What it is made of, for people."""
+        return f"{self.backbone} + {self.head}" if self.kind == "pair" else self.kind
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "PolicyConfig":
         """From `dataclasses.asdict`."""

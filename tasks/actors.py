@@ -4,6 +4,7 @@ The champion of the moment is pinned to its night, so that asking for that night
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data.errors import BadInput
 from data.refs import Ref
 from data.registry import did_you_mean
 from data.store import Store
-from models.registry import BACKBONES, HEADS
+from models.registry import modules
 from tasks.recipe import Recipe
 
 
@@ -59,14 +60,13 @@ def code_of(checkpoints: list[Ref]) -> tuple[str, ...]:
     for ref in checkpoints:
         if not ref.digest:  # foreseen only (--explain): it is about to be made, and so is what stands on it
             continue
-        policy = Store().manifest(ref)["params"]["policy"]
-        parts += acting_code(policy["backbone"], policy["head"])
+        parts += acting_code(Store().manifest(ref)["params"]["policy"])
     return tuple(parts)
 
 
-def acting_code(backbone: str, head: str) -> tuple[str, ...]:
-    """The modules that such a pair's acting stands on."""
-    return "models.acting", BACKBONES.module(backbone), HEADS.module(head)
+def acting_code(policy: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules that the acting of a policy so configured stands on."""
+    return "models.acting", *modules(policy)
 
 
 def checkpoint_in(folder: str, option: str) -> Ref:

@@ -1,5 +1,6 @@
 """Which code an answer stands on: the digests of a module and of every module of ours that it imports.
 
+A plugin's module counts as its package's: what it imports of its own package and of ours is followed too.
 A comment or a docstring changes no answer, so they are left out of the digest.
 """
 
@@ -32,11 +33,13 @@ def code_digests(
 
 @cache
 def _source(module: str) -> Path | None:
-    """The file of a module of ours, or None. Looked up on disk: asking the import system would import its parents."""
+    """The file of a module, or None. Looked up on disk: asking the import system would import its parents."""
     top, *rest = module.split(".")
     spec = find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         return None
+    if not spec.submodule_search_locations:  # a plugin may be a single file
+        return Path(spec.origin) if spec.origin and not rest else None
     path = Path(spec.submodule_search_locations[0]).joinpath(*rest)
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
@@ -67,12 +70,18 @@ def _imports(module: str) -> frozenset[str]:
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
+        elif isinstance(node, ast.ImportFrom) and (source := _imported_from(node, module)):
             # `from data.sim import env` names a module, `from data.store import Store` does not
-            found |= {f"{node.module}.{a.name}" for a in node.names if _is_ours(f"{node.module}.{a.name}")}
-    return frozenset(name for name in found if _is_ours(name))
+            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    followed = {*OURS, module.split(".")[0]}
+    return frozenset(name for name in found if name.split(".")[0] in followed and _source(name) is not None)
 
 
-def _is_ours(name: str) -> bool:
-    return name.split(".")[0] in OURS and _source(name) is not None
+def _imported_from(node: ast.ImportFrom, module: str) -> str:
+    """The absolute name of what `from ... import` names in `module`."""
+    if not node.level:
+        return node.module or ""
+    path = _source(module)
+    above = module.split(".")
+    above = above[: len(above) - node.level + bool(path and path.name == "__init__.py")]
+    return ".".join([*above, *([node.module] if node.module else [])])

@@ -27,7 +27,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: Ref, dataset: Ref, critic: R
         {"sim": jsonable(recipe.sim), "evaluate": asked},
         [checkpoint, dataset, *ranked],
         label=f"{recipe.sim.scene} {recipe.evaluate.episodes} unseen seeds",
-        parts=(SCENES.module(recipe.sim.scene), *acting_code(recipe.policy.backbone, recipe.policy.head)),
+        parts=(SCENES.module(recipe.sim.scene), *acting_code(jsonable(recipe.policy))),
         execution={"workers": recipe.workers},
     )
 

@@ -79,8 +79,7 @@ def _code_in(folder: Path) -> tuple[str, ...]:
     if not spec.is_file():
         return ()
     try:
-        config = json.loads(spec.read_text())["config"]
-        return acting_code(config["backbone"], config["head"])
+        return acting_code(json.loads(spec.read_text())["config"])
     except (ValueError, KeyError, TypeError) as fault:
         raise BadInput(f"{spec}: cannot be read ({type(fault).__name__}); restore the checkpoint") from None
 

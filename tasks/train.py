@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data.refs import Ref
 from data.store import Build, Store
 from models.config import PolicyConfig
-from models.registry import BACKBONES, HEADS, PHASES
+from models.registry import PHASES, modules
 from tasks.chunks import TABLE
 from tasks.critic import read_values_of
 from tasks.dataset import read_set
@@ -38,15 +38,14 @@ EFFECTIVE, ADVANTAGES = "pictures/effective_samples.png", "pictures/advantages.p
 
 def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
     """The recipe's policy, cloned."""
-    policy = recipe.policy
     return train_phase(
         BC,
         {},
-        jsonable(policy),
+        jsonable(recipe.policy),
         jsonable(recipe.fit),
         recipe.chunks.horizon,
         [dataset, *frames, *chunks],
-        label=f"{policy.backbone} + {policy.head}",
+        label=recipe.policy.parts,
     )
 
 
@@ -106,7 +105,7 @@ def train_phase(
         {"policy": policy, "fit": fit, "horizon": horizon, "phase": phase, "options": options},
         upstream,
         label=label,
-        parts=(BACKBONES.module(policy["backbone"]), HEADS.module(policy["head"]), PHASES.module(phase)),
+        parts=(*modules(policy), PHASES.module(phase)),
         execution={"log_every": log_every},
     )
 
