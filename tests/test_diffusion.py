@@ -12,11 +12,11 @@ from data.errors import BadInput
 from models import registry
 from models.acting import ActingPolicy
 from models.backbones.diffusion_rgb import DiffusionRgb, DiffusionRgbConfig
-from models.backbones.resnet import IMAGENET_MEAN, IMAGENET_STD
 from models.checkpoint import load_policy, publish, save_policy
 from models.config import PolicyConfig
 from models.heads.diffusion import DiffusionConfig, DiffusionHead, _generator
 from models.layers.augment import random_shift
+from models.layers.trunks import IMAGENET_MEAN, IMAGENET_STD
 from models.types import Context, Observation, Sizes
 
 PX, CROP = 72, 64  # of the pictures of the reference
@@ -199,7 +199,7 @@ def test_crop_after_the_policy_s_shift_is_a_random_crop_of_each_picture():
     backbone = make_backbone((8, 8), preset="tiny", crop=(4, 4), keypoints=2)
     picture = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1).expand(400, -1, -1, 3)
     shifted = random_shift(picture, 2, generator(0)).permute(0, 3, 1, 2).float()
-    cropped = (backbone._scaled(shifted) * backbone.std + backbone.mean)[:, 0].round().long()
+    cropped = (backbone._scaled(shifted, 0) * backbone.scale.std[0] + backbone.scale.mean[0])[:, 0].round().long()
     corners = cropped[:, 0, 0]
     windows = (torch.arange(4)[:, None] * 8 + torch.arange(4)) + corners[:, None, None]
     assert torch.equal(cropped, windows)
