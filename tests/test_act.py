@@ -205,7 +205,7 @@ def test_places_are_apart_or_in_the_tokens():
     with_places = together(seen)
     assert with_places.places is None
     expected = together.encoder(bare.tokens + bare.places)
-    assert torch.equal(with_places.tokens, expected) and torch.equal(with_places.pooled, expected.mean(dim=1))
+    assert torch.equal(with_places.tokens, expected) and torch.equal(with_places.pooled, expected[:, 0])
 
 
 @pytest.mark.parametrize("option", ["use_vae", "pre_norm"])
@@ -293,7 +293,7 @@ def test_published_sizes_are_lerobot_s():
     [
         (lambda: eyes(cameras=()), "neither a camera nor a state of the environment"),
         (lambda: eyes(environment=STATE + 1), f"environment {STATE + 1} of {STATE} components"),
-        (lambda: eyes(give="pooled", encoder_layers=0), "loses where things are; give encoder_layers 1"),
+        (lambda: eyes(give="pooled", encoder_layers=0), "has not read the others; give encoder_layers 1"),
         (lambda: EyesConfig(preset="tiny", dim=18), "dim 18 must be a multiple of 4"),
         (lambda: EyesConfig(preset="small", pretrained="w"), "no pretrained weights for preset small"),
         (lambda: EyesConfig(preset="published", freeze=True), "freeze without pretrained"),

@@ -12,9 +12,9 @@
 | published | resnet18 | 512 | 4, 8, 3200                          | 4                        | GPU   |
 
 Zhao et al. 2023 (arXiv 2304.13705). One trunk for all cameras, as there. InternManip's documentation takes the mean
-over the cells, which loses where things are; here a mean (`pooled`) is taken behind an encoder only, of tokens that
-carry their places. The head `act` brings an encoder of its own, because its style is one of the encoder's tokens: it
-asks for the places apart, and this backbone then has no encoder unless told so.
+over the cells, which loses where things are; here the one vector (`pooled`) is the first token, the state's, behind an
+encoder in which it has read all the others with their places. The head `act` brings an encoder of its own, because its
+style is one of the encoder's tokens: it asks for the places apart, and this backbone then has no encoder unless told so.
 """
 
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ class ActBackbone(nn.Module):
         state_width: int,
         give: frozenset[str],
     ) -> None:
-        """Raises `BadInput` for nothing to see, a mean over tokens as they are, and a state that is too short."""
+        """Raises `BadInput` for nothing to see, one vector without an encoder, and a state that is too short."""
         super().__init__()
         if not cameras and not config.environment:
             raise BadInput("backbone act: neither a camera nor a state of the environment to see; give one of them")
@@ -120,7 +120,7 @@ class ActBackbone(nn.Module):
         apart = "places" in self.give
         tokens = self.encoder(tokens, places) if apart else self.encoder(tokens + places)
         return Context(
-            pooled=tokens.mean(dim=1) if "pooled" in self.give else None,
+            pooled=tokens[:, 0] if "pooled" in self.give else None,
             tokens=tokens if "tokens" in self.give else None,
             places=places if apart else None,
         )
@@ -135,7 +135,7 @@ class ActBackbone(nn.Module):
         if layers is None:
             layers = 0 if "places" in self.give else preset.layers
         if not layers and "pooled" in self.give:
-            raise BadInput("backbone act: a mean over tokens as they are loses where things are; give encoder_layers 1")
+            raise BadInput("backbone act: without an encoder one token has not read the others; give encoder_layers 1")
         return Encoder(LayerSize(**{**vars(preset.layer), "dim": self.width}), layers)
 
     def _make_eyes(self, image_size: tuple[int, int]) -> None:
