@@ -29,6 +29,8 @@ BACKBONES = OpenRegistry(
     {
         "act": "models.backbones.act:ActBackbone",
         "diffusion_rgb": "models.backbones.diffusion_rgb:DiffusionRgb",
+        "eagle": "models.backbones.eagle:Eagle",
+        "eagle_1_5": "models.backbones.eagle_1_5:Eagle15",
         "mamba": "models.backbones.mamba:MambaBackbone",
         "paligemma_expert": "models.backbones.paligemma_expert:PaligemmaExpert",
         "resnet": "models.backbones.resnet:ResNet",
