@@ -67,9 +67,10 @@ class Remote(Protocol):
 
 @dataclass(frozen=True)
 class Hub:
-    """A model repository of the Hugging Face hub, at the commit its main branch has when asked."""
+    """A model repository of the Hugging Face hub, at the commit its branch has when asked."""
 
     repo: str  # "owner/name"
+    revision: str = "main"  # branch, or "refs/pr/N" for a proposal
 
     @property
     def name(self) -> str:
@@ -77,7 +78,8 @@ class Hub:
 
     @property
     def by_hand(self) -> str:
-        return f"hf download {self.repo} --local-dir {self.repo.split('/')[-1]}"
+        branch = "" if self.revision == "main" else f" --revision {self.revision}"
+        return f"hf download {self.repo}{branch} --local-dir {self.repo.split('/')[-1]}"
 
     @cached_property
     def _system(self) -> Any:
@@ -88,7 +90,7 @@ class Hub:
     def listing(self) -> Listing:
         from huggingface_hub import HfApi
 
-        commit = HfApi(endpoint=self._system.endpoint).repo_info(self.repo).sha
+        commit = HfApi(endpoint=self._system.endpoint).repo_info(self.repo, revision=self.revision).sha
         root = f"{self.repo}@{commit}"
         found = self._system.find(root, detail=True)
         return Listing(files=tuple(self._file(root, info) for info in found.values()), revision=str(commit))

@@ -1,9 +1,10 @@
-"""Published weights of pi0, brought into the store: from the hub as they are, from openpi converted.
+"""Published weights, brought into the store: from the hub as they are, openpi's converted.
 
 ```
 store/checkpoints/pi0/<name>/            as published
 store/checkpoints/pi0/<name>-lerobot/    openpi's, as the folder LeRobot would have saved (models.openpi_folder)
 store/checkpoints/paligemma/             the tokenizer
+store/checkpoints/clip/                  what tasks become vectors with (models.layers.language)
 ```
 """
 
@@ -23,7 +24,7 @@ from data.registry import did_you_mean
 from data.remotes import Bucket, Hub, Remote, RemoteFile, Unreachable
 from tasks.progress import console, progress
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER, CLIP = ("tokenizer.json", "tokenizer_config.json"), ("model.safetensors", "config.json", "tokenizer.json")
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".msgpack", ".joblib"}
 TEXTS = {".json", ".md", ".txt"}
 OCDBT = "params/manifest.ocdbt"  # what an openpi checkpoint has
@@ -60,7 +61,11 @@ KNOWN = {
         original=f"{OPENPI}/pi05_libero",
     ),
     "paligemma": Known(remote=Hub(PALIGEMMA), about="the tokenizer of all, 35 MB; gated: needs `hf auth login`"),
+    "clip": Known(  # its main branch has pickles alone
+        remote=Hub("openai/clip-vit-base-patch32", "refs/pr/15"), about="what tasks become vectors with, 0.6 GB"
+    ),
 }
+PARTS = {"paligemma": TOKENIZER, "clip": CLIP}  # those that lie beside the pi0s, and what is taken of them
 
 
 def get(what: str) -> Path:
@@ -69,7 +74,7 @@ def get(what: str) -> Path:
     Fetched, and converted if it is openpi's, unless it is there. Raises `BadInput` with one line.
     """
     remote, folder = resolve(what)
-    choose = _tokenizer if what == "paligemma" else _weights
+    choose = partial(_parts, remote, PARTS[what]) if what in PARTS else _weights
     bar = partial(_megabytes, folder.name)
     try:
         fetched = fetch(remote, folder, choose=choose, progress=bar, waiting=_waiting(folder), room=_room)
@@ -81,7 +86,7 @@ def get(what: str) -> Path:
 def resolve(what: str) -> tuple[Remote, Path]:
     """Where `what` is published, and where it lies here."""
     here = store_dir() / "checkpoints"
-    if what == "paligemma":
+    if what in PARTS:
         return KNOWN[what].remote, here / what
     if what.startswith("gs://"):
         parts = [part for part in what.removeprefix("gs://").split("/") if part]
@@ -117,10 +122,11 @@ def _weights(files: Sequence[RemoteFile]) -> list[RemoteFile]:
     raise BadInput(f"no weights there: neither *.safetensors nor openpi's {OCDBT}; check the address")
 
 
-def _tokenizer(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    chosen = [file for file in files if file.name in TOKENIZER]
-    if TOKENIZER[0] not in {file.name for file in chosen}:
-        raise BadInput(f"no {TOKENIZER[0]} there; fetch it from hub {PALIGEMMA}")
+def _parts(remote: Remote, names: Sequence[str], files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Those of `names`, of which the first must be there."""
+    chosen = [file for file in files if file.name in names]
+    if names[0] not in {file.name for file in chosen}:
+        raise BadInput(f"no {names[0]} there; fetch it from {remote.name}")
     return chosen
 
 

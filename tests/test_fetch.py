@@ -193,6 +193,16 @@ def test_the_tokenizer_comes_alone(hub, own_root, monkeypatch):
     assert {p.name for p in there.iterdir()} == {"tokenizer.json", "tokenizer_config.json", FETCHED}
 
 
+def test_clip_comes_from_a_proposal_and_without_what_nobody_reads(hub, own_root, monkeypatch):
+    hub.files = dict.fromkeys(("model.safetensors", "config.json", "tokenizer.json", "vocab.json", "x.bin"), WEIGHTS)
+    remote = Hub("acme/pi0", "proposal")
+    monkeypatch.setitem(weights.KNOWN, "clip", weights.Known(remote=remote, about=""))
+    there = weights.get("clip")
+    assert there == own_root / "store" / "checkpoints" / "clip"
+    assert {p.name for p in there.iterdir()} == {*weights.CLIP, FETCHED}
+    assert remote.by_hand == "hf download acme/pi0 --revision proposal --local-dir pi0"
+
+
 def test_what_lies_there_already_is_respected(hub, folder):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"brought by hand")

@@ -14,7 +14,7 @@
 Zhao et al. 2023 (arXiv 2304.13705). One trunk for all cameras, as there. InternManip's documentation takes the mean
 over the cells, which loses where things are; here the one vector (`pooled`) is the first token, the state's, behind an
 encoder in which it has read all the others with their places. The head `act` brings an encoder of its own, because its
-style is one of the encoder's tokens: it asks for the places apart, and this backbone then has no encoder unless told so.
+style is one of the encoder's tokens: it asks for the places apart, and this backbone has no encoder unless told so.
 """
 
 from dataclasses import dataclass

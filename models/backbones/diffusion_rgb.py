@@ -1,8 +1,9 @@
 """Diffusion policy's eyes: crop, a residual network, spatial softmax; K keypoints per camera become 2K features.
 
 ```
- picture --scale, resize, crop--> trunk --> K maps --softmax--> [K 2] --Linear, ReLU--> 2K --+
- state --------------------------------------------------------------------------------------+--> [state, camera, ...]
+ picture --resize, crop, scale--> trunk --> K maps --softmax--> [K 2] --Linear, ReLU--> 2K --+
+ state --------------------------------------------------------------------------------------+--> [state, 2K per camera,
+ task --CLIP's vector, 512--Linear--> 32 (with `language="clip"`) ---------------------------+     32 of the task]
 ```
 The preset is the trunk (`models.layers.trunks`): tiny for tests, small for a CPU, resnet18 and larger for a GPU.
 
@@ -11,11 +12,13 @@ which itself is not used for what it cannot do: a narrow trunk for a CPU, pretra
 crop per picture. Its crop is one for a whole batch and drawn from a global generator. Here the crop is the middle one,
 and the policy's `shift` moves each picture beforehand: `shift` = half of what the crop leaves away is the published
 random crop. InternManip freezes the trunk even when its weights are random; here only pretrained ones can be frozen.
+
+With `language="clip"` and the head `diffusion` it is InternManip's language-conditioned policy (`dp_clip`).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from data.errors import BadInput
+from models.layers.language import CLIP_WIDTH, LanguageTable
 from models.layers.trunks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -50,13 +54,18 @@ class DiffusionRgbConfig:
     pretrained: str = ""  # safetensors file with torchvision's weights of the preset; empty = from scratch
     freeze: bool = False  # keep the pretrained trunk as it is
     frozen_norm: bool = False  # batch norm that stands still, for a policy's weights; pretrained ones have it anyhow
+    language: Literal["none", "clip"] = "none"  # whether the task's words count, by a vector of CLIP's for each task
+    tasks: tuple[str, ...] = ()  # the instructions there are, for language clip; training fills in the dataset's
+    language_width: int = 32  # features of the task
 
     def __post_init__(self) -> None:
+        if self.tasks and self.language == "none":
+            raise BadInput("backbone diffusion_rgb: tasks without language are not read; set language clip")
         refuse_unfit_weights("diffusion_rgb", self.preset, self.pretrained, self.freeze)
 
 
 class DiffusionRgb(nn.Module):
-    """Pictures and state to one vector. Tasks in words are not read."""
+    """Pictures and state to one vector; tasks in words too, if asked to."""
 
     Config: ClassVar[type] = DiffusionRgbConfig
     gives: ClassVar[frozenset[str]] = frozenset({"pooled"})
@@ -80,6 +89,10 @@ class DiffusionRgb(nn.Module):
         self.width = state_width + 2 * config.keypoints * len(cameras)
         self.scale = PictureScale(config.picture_mean, config.picture_std, len(cameras))
         self.encoders = nn.ModuleList(_Encoder(config, self.size) for _ in cameras[: 1 if config.shared else None])
+        if config.language == "clip":
+            self.width += config.language_width
+            self.words = LanguageTable(config.tasks, CLIP_WIDTH)
+            self.of_words = nn.Linear(CLIP_WIDTH, config.language_width)
 
     def forward(self, observation: Observation) -> Context:
         """`observation` as `Policy.prepare` makes it."""
@@ -88,6 +101,8 @@ class DiffusionRgb(nn.Module):
             features = self.encoders[0](torch.cat(pictures)).chunk(len(pictures))
         else:
             features = [encoder(images) for encoder, images in zip(self.encoders, pictures, strict=True)]
+        if self.config.language == "clip":
+            features = [*features, self.of_words(self.words(observation.tasks))]
         return Context(pooled=torch.cat([observation.state, *features], dim=1))
 
     def load_pretrained(self) -> None:
