@@ -58,6 +58,9 @@ class DiffusionConfig:
 
     preset: Literal["tiny", "small", "published"] = "small"  # size of the UNet; see the table above
     down_dims: tuple[int, ...] = ()  # channels of the UNet's stages, if not the preset's
+    kernel: int | None = None  # of the UNet's convolutions, steps; if not the preset's
+    time: int | None = None  # width of t, if not the preset's
+    film_scale: bool = True  # the context scales the UNet's channels; without, it only shifts them
     train_steps: int = 100  # noise levels
     prediction: Literal["epsilon", "sample"] = "epsilon"  # what the UNet answers: the noise, or the chunk
     sampler: Literal["ddim", "ddpm"] = "ddim"  # ddim: deterministic and good in few steps
@@ -137,10 +140,10 @@ def _unet(config: DiffusionConfig, context_width: int, action_width: int) -> tup
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(action_width,))},
         horizon=2 ** len(channels),  # not read by the UNet
         down_dims=channels,
-        kernel_size=size.kernel,
+        kernel_size=config.kernel or size.kernel,
         n_groups=GROUPS,
-        diffusion_step_embed_dim=size.time,
-        use_film_scale_modulation=True,
+        diffusion_step_embed_dim=config.time or size.time,
+        use_film_scale_modulation=config.film_scale,
     )
     return DiffusionConditionalUnet1d(options, global_cond_dim=context_width), len(channels) - 1
 
