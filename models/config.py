@@ -24,12 +24,28 @@ class ReaderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters beside weights that stand still (`models.lora`)."""
+
+    rank: int = 0  # of the adapters; 0 = none, and all that is not frozen trains
+    alpha: float = 16.0  # what an adapter answers counts alpha / rank
+    dropout: float = 0.0  # share of what an adapter reads
+    targets: str = ""  # regular expression for the end of the layers' names; empty = as the parts say
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or not 0 <= self.dropout < 1:
+            raise BadInput(f"lora.rank {self.rank} must be at least 0 and lora.dropout {self.dropout} in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyConfig(ReaderConfig):
     """A pair of names and their options. With a dataset's schema and a horizon it is a `PolicySpec`."""
 
     head: str = "act"  # registered head
     head_options: dict[str, Any] = field(default_factory=dict)  # fields of the head's Config, e.g. dim
     precision: Precision = "auto"  # arithmetic of acting
+    compile: bool = False  # by torch.compile, when it is first used; takes minutes, then saves time on a GPU
+    lora: LoraOptions = field(default_factory=LoraOptions)
     kind: str = "pair"  # registered policy; of any but pair, `options` say all, and backbone and head are not read
     options: dict[str, Any] = field(default_factory=dict)  # fields of the Config of a policy that is no pair
 
@@ -41,7 +57,7 @@ class PolicyConfig(ReaderConfig):
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "PolicyConfig":
         """From `dataclasses.asdict`."""
-        return cls(**value)
+        return cls(**{**value, "lora": LoraOptions(**value.get("lora", {}))})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,19 @@ The kinds are `models.pair.Pair`, any backbone with any head, and `models.custom
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.errors import BadInput
 from data.normalize import Normalizer, Stats
 from data.schema import Component, Schema
-from models.config import PolicyConfig
+from models.config import LoraOptions, PolicyConfig
 from models.devices import uses_bf16
+from models.lora import add_adapters
 from models.reading import Reader, Spec
 from models.registry import POLICIES
 from models.types import Batch, Info, Observation
@@ -57,12 +59,12 @@ class Policy(Reader):
         Raises `BadInput` for unknown names and options, a pair that does not fit, statistics of another width.
         """
         normalizers = {name: Normalizer(stats=stats[name], mode=spec.config.normalization) for name in stats}
-        return POLICIES.resolve(spec.kind).assemble(spec, normalizers, seed=seed, new=True)
+        return _equipped(POLICIES.resolve(spec.kind).assemble(spec, normalizers, seed=seed, new=True), seed)
 
     @classmethod
     def restore(cls, spec: PolicySpec, normalizers: Mapping[str, Normalizer]) -> "Policy":
         """The architecture of `spec`, for weights that a checkpoint is about to fill in."""
-        return POLICIES.resolve(spec.kind).assemble(spec, normalizers, seed=0, new=False)
+        return _equipped(POLICIES.resolve(spec.kind).assemble(spec, normalizers, seed=0, new=False), 0)
 
     @classmethod
     def assemble(cls, spec: PolicySpec, normalizers: Mapping[str, Normalizer], *, seed: int, new: bool) -> Self:
@@ -112,6 +114,35 @@ class Policy(Reader):
         """What the network answered, in the environment's units and limits."""
         chunk = self.action.invert(chunk.float()[..., : len(self.spec.schema.action)])
         return within_limits(chunk, self.spec.schema.action)
+
+
+def with_lora(policy: Policy, options: LoraOptions, *, seed: int = 0) -> Policy:
+    """`policy` with adapters beside its weights, which stand still from now on. Raises `BadInput` if it has some."""
+    spec = policy.spec
+    if spec.config.lora.rank:
+        raise BadInput(f"policy.lora.rank is {options.rank}, but the policy has adapters already; train those")
+    policy.spec = replace(spec, config=replace(spec.config, lora=options))
+    add_adapters(dict(policy.named_children()), options, seed=seed)
+    return policy
+
+
+def _equipped(policy: Policy, seed: int) -> Policy:
+    """With the adapters and the compilation that its configuration asks for."""
+    config, networks = policy.spec.config, dict(policy.named_children())
+    if config.lora.rank:
+        add_adapters(networks, config.lora, seed=seed)
+    if config.compile:
+        for network in networks.values():
+            compile_in_place(network)
+    return policy
+
+
+def compile_in_place(network: nn.Module) -> None:
+    """Whatever is called of a backbone, a head or a policy of a user's own. No name of a weight changes."""
+    network.compile()
+    for method in ("loss", "sample"):  # of a head
+        if hasattr(network, method):
+            setattr(network, method, torch.compile(getattr(network, method)))
 
 
 def within_limits(chunk: Float[Tensor, "*b a"], action: tuple[Component, ...]) -> Float[Tensor, "*b a"]:
