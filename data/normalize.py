@@ -11,12 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from data.errors import BadInput
 from data.registry import did_you_mean
 
-MODES = ("mean_std", "min_max")
+MODES = ("mean_std", "mean_std_signs", "min_max")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +79,8 @@ class Normalizer:
     """
 
     stats: Stats
-    mode: str = "mean_std"  # "mean_std": mean 0, deviation 1; "min_max": seen range to [-1, 1]
+    mode: str = "mean_std"  # "mean_std": mean 0, deviation 1; "min_max": seen range to [-1, 1]; "mean_std_signs":
+    # mean_std, but a component that was only ever -1 or +1, as a gripper's command, passes unchanged
     floor: float = 1e-3  # smallest width, in the feature's unit: a component that never moved must not amplify noise
 
     def __post_init__(self) -> None:
@@ -88,12 +89,22 @@ class Normalizer:
 
     @cached_property
     def center(self) -> Float64[np.ndarray, " d"]:
-        return self.stats.mean if self.mode == "mean_std" else (self.stats.max + self.stats.min) / 2
+        if self.mode == "min_max":
+            return (self.stats.max + self.stats.min) / 2
+        return np.where(self._unchanged, 0.0, self.stats.mean)
 
     @cached_property
     def width(self) -> Float64[np.ndarray, " d"]:
-        width = self.stats.std if self.mode == "mean_std" else (self.stats.max - self.stats.min) / 2
-        return np.maximum(width, self.floor)
+        if self.mode == "min_max":
+            return np.maximum((self.stats.max - self.stats.min) / 2, self.floor)
+        return np.where(self._unchanged, 1.0, np.maximum(self.stats.std, self.floor))
+
+    @property
+    def _unchanged(self) -> Bool[np.ndarray, " d"]:
+        """Within [-1, 1] a mean square of 1 leaves no other values than the two ends."""
+        within = (self.stats.min >= -1) & (self.stats.max <= 1)
+        square = self.stats.m2 / self.stats.count + self.stats.mean**2
+        return within & (square > 1 - 1e-9) & (self.mode == "mean_std_signs")
 
     def apply(self, x: Any) -> Any:
         center, width = self._like(x)
