@@ -21,6 +21,7 @@ FLOWS = {
 COMMANDS = {
     "stage": "one stage of a recipe, written where dvc.yaml expects it",
     "offline-rl": "chunk-level offline RL on a LeRobot dataset of yours",
+    "policies": "the policies by name, and which backbone fits which head",
     "fetch": "published weights of pi0 and its tokenizer, into the store",
     "doctor": "what this machine can do, and the command that mends what it cannot",
     "up": "start Prefect's server and worker and MLflow's pages, deploy the flows, schedule the nightly",

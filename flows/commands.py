@@ -30,6 +30,12 @@ def _offline_rl(arguments: list[str]) -> int:
     return 0
 
 
+def _policies(arguments: list[str]) -> int:
+    _refuse_unknown(arguments, ())
+    import_module("flows.policies").show()
+    return 0
+
+
 def _fetch(arguments: list[str]) -> int:
     return import_module("flows.fetch").run(arguments)
 
@@ -75,6 +81,7 @@ def _refuse_unknown(arguments: list[str], known: tuple[str, ...]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "stage": _stage,
     "offline-rl": _offline_rl,
+    "policies": _policies,
     "fetch": _fetch,
     "doctor": _doctor,
     "up": _up,
