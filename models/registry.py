@@ -44,6 +44,8 @@ HEADS = OpenRegistry(
         "act": "models.heads.act:ActHead",
         "diffusion": "models.heads.diffusion:DiffusionHead",
         "flow": "models.heads.flow:FlowHead",
+        "flow_matching": "models.heads.flow_matching:FlowMatchingHead",
+        "flow_matching_1_5": "models.heads.flow_matching_1_5:FlowMatching15Head",
         "gaussian": "models.heads.gaussian:GaussianHead",
         "pi0_flow": "models.heads.pi0_flow:Pi0FlowHead",
         "statevla": "models.heads.statevla:StateVLAHead",
