@@ -67,7 +67,9 @@ def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
     from tasks.dataset import aggregate_batches
     from tasks.evaluate import evaluate_checkpoint
     from tasks.frames import frame_stores
+    from tasks.language import language_of
     from tasks.nights import begin
+    from tasks.recipe import jsonable
     from tasks.train import train_checkpoint
 
     night = load(recipe, overrides)
@@ -84,6 +86,8 @@ def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
         batches = rollouts + adopted
         if name == "dataset":
             return [aggregate_batches(night, batches)]
+        if name == "language":
+            return language_of(jsonable(night.policy), aggregate_batches(night, batches))
         if name == "frames":
             return frame_stores(night, batches)
         if name == "chunks":

@@ -76,6 +76,12 @@ STAGES: dict[str, Stage] = {
         libraries=(),
         about="the list of batches, the held-out split, the normalisation statistics",
     ),
+    "language": Stage(
+        body="tasks.language:write_embeddings",
+        upstream=("dataset",),
+        libraries=("torch", "transformers", "tokenizers"),
+        about="the tasks of a training set as CLIP's vectors",
+    ),
     "relabel": Stage(
         body="tasks.relabel:propose_actions",
         upstream=("collect", "adopt", "frames", "chunks", "train"),
@@ -98,7 +104,7 @@ STAGES: dict[str, Stage] = {
     ),
     "train": Stage(
         body="tasks.train:train_policy",
-        upstream=("dataset", "frames", "chunks", "relabel", "critic", "train"),
+        upstream=("dataset", "frames", "chunks", "language", "relabel", "critic", "train"),
         libraries=("torch",),
         about="a policy checkpoint",
     ),

@@ -20,6 +20,7 @@ from models.registry import PHASES, modules
 from tasks.chunks import TABLE
 from tasks.critic import read_values_of
 from tasks.dataset import read_set
+from tasks.language import fill_in, language_of, with_tasks
 from tasks.recipe import Recipe, jsonable
 from tasks.relabel import proposed
 from tasks.stages import Work, ensure
@@ -38,14 +39,10 @@ EFFECTIVE, ADVANTAGES = "pictures/effective_samples.png", "pictures/advantages.p
 
 def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
     """The recipe's policy, cloned."""
+    policy = jsonable(recipe.policy)
+    upstream = [dataset, *frames, *chunks, *language_of(policy, dataset)]
     return train_phase(
-        BC,
-        {},
-        jsonable(recipe.policy),
-        jsonable(recipe.fit),
-        recipe.chunks.horizon,
-        [dataset, *frames, *chunks],
-        label=recipe.policy.parts,
+        BC, {}, policy, jsonable(recipe.fit), recipe.chunks.horizon, upstream, label=recipe.policy.parts
     )
 
 
@@ -185,8 +182,12 @@ def _policy(job: Job) -> "Policy":
     params, whole = job.params, read_set(job.upstream("dataset")[0])
     if parents := job.upstream("train"):
         return load_policy(parents[0].dir, fits=whole.schema)
-    spec = PolicySpec(config=PolicyConfig.from_json(params["policy"]), schema=whole.schema, horizon=params["horizon"])
-    return Policy.build(spec, whole.stats, seed=params["fit"]["seed"])
+    language = job.upstream("language")
+    config = with_tasks(PolicyConfig.from_json(params["policy"]), language)
+    spec = PolicySpec(config=config, schema=whole.schema, horizon=params["horizon"])
+    policy = Policy.build(spec, whole.stats, seed=params["fit"]["seed"])
+    fill_in(policy, language)
+    return policy
 
 
 def _source(job: Job) -> "ChunkSource":

@@ -24,9 +24,8 @@ from models.layers.language import (
     fill_tables,
     find_clip,
 )
-from tasks import stages
 from tasks.language import embed_tasks, fill_in, language_of, with_tasks
-from tasks.stages import Session, Stage, ensure, session
+from tasks.stages import Session, ensure, session
 
 TASKS = ("lift the cube", "pick up the cube")
 LONGEST = 12  # tokens that the tiny CLIP reads
@@ -64,8 +63,6 @@ def clip(tmp_path_factory):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("FLYWHEEL_ROOT", str(tmp_path))
-    row = Stage(body="tasks.language:write_embeddings", upstream=("dataset",), libraries=("torch",), about="")
-    monkeypatch.setitem(stages.STAGES, "language", row)
     return tmp_path
 
 

@@ -14,6 +14,10 @@ RECIPES = Registry(
     {
         "demo": "flows.recipes.demo:demo",
         "improve": "flows.recipes.improve:improve",
+        "act": "flows.recipes.zoo:act",
+        "diffusion_policy": "flows.recipes.zoo:diffusion_policy",
+        "flow_dit": "flows.recipes.zoo:flow_dit",
+        "pi0": "flows.recipes.zoo:pi0",
         "debug": "flows.recipes.debug:debug",
         "improve-debug": "flows.recipes.improve:improve_debug",
     },
