@@ -31,6 +31,7 @@ from data.normalize import Normalizer
 from data.schema import Schema
 from data.store import MANIFEST, fsync, refusing_storage_faults, sha256_file
 from models.critic import Critic, CriticSpec
+from models.encoder import Encoder, EncoderSpec
 from models.policy import Policy, PolicySpec
 from models.reading import Reader, Spec
 from models.registry import POLICIES
@@ -68,6 +69,11 @@ def load_policy(
 def load_critic(path: Path | str, *, fits: Schema | None = None, whose: str = "the dataset") -> Critic:
     """The averaged weights of a critic's checkpoint: what Polyak's target is. Raises `BadInput` as `load_policy`."""
     return _load(path, "ema", fits, whose, Critic, CriticSpec, "a critic")
+
+
+def load_encoder(path: Path | str, *, fits: Schema | None = None, whose: str = "the dataset") -> Encoder:
+    """The averaged weights of an encoder's checkpoint. Raises `BadInput` as `load_policy`."""
+    return _load(path, "ema", fits, whose, Encoder, EncoderSpec, "an encoder")
 
 
 def _load[M: Reader](

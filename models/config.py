@@ -114,6 +114,23 @@ class ChunkRLConfig(ChunkCriticConfig, ChunkPolicyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JepaConfig:
+    """How an encoder learns to foretell its own next state (`models.phases.jepa`)."""
+
+    hidden: int = 512  # width of the predictor
+    variance: float = 1.0  # weight of the features' missing variance
+    covariance: float = 0.04  # weight of their covariances
+    momentum: float = 0.996  # of the target at the first step; 1 at the last, along a cosine
+    total_steps: int = 0  # of the training, which the cosine spans; those of its fit
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or min(self.variance, self.covariance, self.total_steps) < 0:
+            raise BadInput("jepa: hidden must be at least 1; variance, covariance and total_steps at least 0")
+        if not 0 <= self.momentum <= 1:
+            raise BadInput(f"jepa: momentum is {self.momentum}; it must be in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """One training phase."""
 

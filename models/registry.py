@@ -57,6 +57,7 @@ POLICIES = OpenRegistry(  # what a checkpoint can hold
     {
         "pair": "models.pair:Pair",  # any backbone with any head that fits it
         "critic": "models.critic:Critic",
+        "encoder": "models.encoder:Encoder",
     },
 )
 
@@ -67,6 +68,8 @@ PHASES = OpenRegistry(
         "chunk_critic": "models.phases.chunk_critic:ChunkCritic",
         "chunk_policy": "models.phases.chunk_policy:ChunkPolicy",
         "chunk_rl": "models.phases.chunk_rl:ChunkRL",
+        "flow_matching": "models.phases.flow_matching:FlowMatching",
+        "jepa": "models.phases.jepa:Jepa",
     },
 )
 

@@ -278,7 +278,7 @@ class Phase(nn.Module):
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad and n.startswith(prefixes)}
         return [
             ParameterGroup(
-                parameters={n: p for n, p in trained.items() if (p.ndim >= 2) is decay},
+                parameters={n: p for n, p in trained.items() if _decays(n, p) is decay},
                 decay=decay,
                 objective=objective,
             )

@@ -13,6 +13,7 @@ from tiny_policy import generator
 from models.layers import scan
 from models.layers.mamba import Mamba, MambaConfig, MambaStack
 from models.layers.scan import BLOCK, portable_scan, selective_scan
+from models.types import Phase
 
 TINY = MambaConfig(dim=32, state=4)
 PARAMETERS = {  # of mamba-ssm's Mamba(256, d_state=16, d_conv=4, expand=2)
@@ -131,6 +132,18 @@ def test_the_gated_mlp_is_mamba_ssms():
     assert relative(layer(x), middle + F.linear(up * F.silu(gate), layer.mlp.fc2.weight)) < 1e-6
     limit = 128**-0.5 / 6**0.5  # nn.Linear's, over six residuals
     assert 0.95 * limit < layer.mlp.fc2.weight.abs().max() <= limit
+
+
+def test_its_rates_are_not_decayed():
+    """Decay would draw A to -1, and slow down what was fast."""
+
+    class OfMamba(Phase):
+        def __init__(self):
+            super().__init__()
+            self.policy = block()
+
+    decayed = {group.decay: set(group.parameters) for group in OfMamba().parameter_groups()}
+    assert "policy.A_log" in decayed[False] and "policy.in_proj.weight" in decayed[True]
 
 
 def test_initial_values():
