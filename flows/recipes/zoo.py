@@ -7,7 +7,7 @@ from models.config import FitConfig
 from models.zoo import ZOO, named
 from tasks.recipe import Recipe
 
-BUDGET = FitConfig(steps=1500, batch_size=64, lr=1e-3, save_every=250)
+BUDGET = FitConfig(steps=1000, batch_size=64, lr=1e-3, save_every=250)
 
 
 def act() -> Recipe:
