@@ -9,13 +9,13 @@ from tiny_policy import ACTION, HORIZON, STATE, batch, generator, spec, stats
 from torch.testing import assert_close
 
 from data.errors import BadInput
-from models.config import PolicyConfig
+from models.config import LoraOptions, PolicyConfig
 from models.heads import flow_matching_1_5 as of_1_5
 from models.heads.flow_matching import FlowMatchingConfig, FlowMatchingHead
 from models.heads.flow_matching_1_5 import FlowMatching15Config, FlowMatching15Head
 from models.layers.dit import DiT, DiTSize, bucket_of
 from models.layers.embodiment import ActionEncoder, CategoryLinear, CategoryMLP
-from models.layers.flow_dit import PRESETS, FlowDit
+from models.layers.flow_dit import PRESETS, PROJECTOR, FlowDit
 from models.policy import Policy
 from models.types import Context, Sizes
 
@@ -372,8 +372,6 @@ def test_only_the_extra_tokens_and_the_ear_tell_the_two_apart():
 
 # -- published weights -----------------------------------------------------------------------------------------------
 
-PROJECTOR = {"state_encoder", "action_encoder", "action_decoder", "position_embedding"}
-
 
 def save_as_gr00t(head: FlowDit, folder, **changes) -> None:
     weights = {f"action_head.{n}": w.clone() for n, w in head.state_dict().items()} | changes
@@ -392,8 +390,23 @@ def test_a_part_that_is_not_tuned_stays_as_published(name, part, tmp_path):
     head.load_pretrained()
     for n, p in head.named_parameters():
         assert torch.equal(p, published.state_dict()[n])
-        frozen = n.split(".")[0] in (PROJECTOR if part == "projector" else {"model"})
+        frozen = n.split(".")[0] in (PROJECTOR if part == "projector" else ("model",))
         assert p.requires_grad is not frozen, n
+    loss, _ = head.loss(make_context(2), draw(2, HORIZON, ACTION), everything(2), generator("l"))
+    loss.mean().backward()
+    assert all((p.grad is not None) is p.requires_grad for p in head.parameters())
+
+
+@BOTH
+def test_adapters_leave_the_robot_s_own_to_train(name):
+    from models.lora import add_adapters
+
+    head = make_head(name)
+    add_adapters({"head": head}, LoraOptions(rank=2), seed=0)
+    trained = {n for n, p in head.named_parameters() if p.requires_grad}
+    assert {n for n in trained if ".lora_" not in n} == {
+        n for n, _ in head.named_parameters() if n.split(".")[0] in (*PROJECTOR, "future_tokens")
+    }
     loss, _ = head.loss(make_context(2), draw(2, HORIZON, ACTION), everything(2), generator("l"))
     loss.mean().backward()
     assert all((p.grad is not None) is p.requires_grad for p in head.parameters())

@@ -12,7 +12,7 @@ Time runs from noise (0) to data (1), is drawn from GR00T's Beta and told in 100
 | preset    | DiT: layers, heads x width | hidden | robots | positions | dropout | draws | for                 |
 |-----------|----------------------------|--------|--------|-----------|---------|-------|---------------------|
 | tiny      | 2, 4 x 16                  | 64     | 2      | 64        | 0       | 8     | tests               |
-| small     | 4, 4 x 32                  | 128    | 4      | 64        | 0       | 1     | CPU                 |
+| small     | 4, 4 x 24                  | 96     | 4      | 64        | 0       | 1     | CPU                 |
 | published | 16, 32 x 48                | 1024   | 32     | 1024      | 0.2     | 1     | GPU: GR00T N1, N1.5 |
 
 "hidden" is the width between the maps of a robot's state encoder and action decoder, and of what the DiT answers. At
@@ -44,6 +44,7 @@ from models.layers.pretrained import read_weights
 from models.types import Context, Info, Sizes
 
 PREFIX = "action_head."  # of the head's weights in a published GR00T
+PROJECTOR = ("state_encoder", "action_encoder", "action_decoder", "position_embedding")  # what is the robot's own
 
 Field = Callable[[Float[Tensor, "r h a"], Float[Tensor, " r"]], Float[Tensor, "r h a"]]  # x_t, t -> dx/dt
 
@@ -68,7 +69,7 @@ PRESETS = {
         layers=2, heads=4, head=16, hidden=64, robots=2, positions=64, dropout=0.0, draws=8, narrow=True
     ),
     "small": FlowDitSize(
-        layers=4, heads=4, head=32, hidden=128, robots=4, positions=64, dropout=0.0, draws=1, narrow=True
+        layers=4, heads=4, head=24, hidden=96, robots=4, positions=64, dropout=0.0, draws=1, narrow=True
     ),
     "published": FlowDitSize(
         layers=16, heads=32, head=48, hidden=1024, robots=32, positions=1024, dropout=0.2, draws=1, narrow=False
@@ -107,6 +108,8 @@ class FlowDit(nn.Module):
 
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
     likes: ClassVar[frozenset[str]] = frozenset()
+    # a new robot's own rows cannot be made of another's by an adapter
+    lora_trains_fully: ClassVar[tuple[str, ...]] = (*PROJECTOR, "future_tokens")
 
     def __init__(self, config: FlowDitConfig, sizes: Sizes, *, draws: int, extra: int = 0) -> None:
         """draws: (noise, time) pairs per training sample, 0 = the preset's. extra: learnt tokens after the state's.
@@ -141,8 +144,8 @@ class FlowDit(nn.Module):
         self.future_tokens = _table(extra, width) if extra and interleave else None
         if size.narrow:
             self._begin_larger()
-        for part in (self.state_encoder, self.action_encoder, self.action_decoder, self.position_embedding):
-            if part is not None:
+        for name, part in self.named_children():
+            if name in PROJECTOR:
                 part.requires_grad_(config.tune_projector)
         self.model.requires_grad_(config.tune_diffusion_model)
 
