@@ -226,7 +226,9 @@ def _paligemma(config: PaligemmaExpertConfig, size: _Size, instructions: Instruc
     from transformers.models.siglip import SiglipVisionConfig
 
     known = instructions.tokenizer.get_vocab_size() if config.tokenizer else BYTE_VOCABULARY
-    vision = SiglipVisionConfig(
+    make_vision: Any = SiglipVisionConfig  # a decorator hides its fields from type checkers
+    make: Any = PaliGemmaConfig
+    vision = make_vision(
         hidden_size=size.vision,
         intermediate_size=size.vision_mlp,
         num_hidden_layers=size.vision_layers,
@@ -239,7 +241,7 @@ def _paligemma(config: PaligemmaExpertConfig, size: _Size, instructions: Instruc
     text = gemma_config(
         size.layers, width=size.width, mlp=size.mlp, attention=config.attention, vocab_size=size.vocabulary or known
     )
-    return PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=size.width)
+    return make(vision_config=vision, text_config=text, projection_dim=size.width)
 
 
 def _keep_keys_and_values(language_model: Any) -> None:

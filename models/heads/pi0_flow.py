@@ -182,7 +182,8 @@ class Pi0FlowHead(nn.Module):
         """In float64, as the weights were trained: the shortest period is far below float32's error at 2π/period."""
         from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
 
-        return create_sinusoidal_pos_embedding(t, self.width, SHORTEST, LONGEST, device=t.device).to(t.dtype)
+        device: Any = t.device  # which it wants, though it says str
+        return create_sinusoidal_pos_embedding(t, self.width, SHORTEST, LONGEST, device=device).to(t.dtype)
 
 
 def _expert(config: Pi0FlowConfig, sizes: Sizes) -> Any:
@@ -191,7 +192,7 @@ def _expert(config: Pi0FlowConfig, sizes: Sizes) -> Any:
 
     shape, size = sizes.layers, PRESETS[config.preset]
     assert shape is not None
-    expert = PiGemmaModel(
+    expert: Any = PiGemmaModel(
         gemma_config(
             shape,
             width=size.width,

@@ -27,7 +27,8 @@ def gemma_config(shape: LayerShape, *, width: int, mlp: int, attention: Attentio
     """transformers' configuration of a Gemma whose tokens all see each other, unless a mask says otherwise."""
     from transformers.models.gemma import GemmaConfig
 
-    config = GemmaConfig(
+    make: Any = GemmaConfig  # a decorator hides its fields from type checkers
+    config = make(
         hidden_size=width,
         intermediate_size=mlp,
         num_hidden_layers=shape.layers,
