@@ -17,7 +17,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count, pairwise
 from pathlib import Path
@@ -101,6 +101,17 @@ class ChunkSource:
             actions=tables[0].meta.actions,
             **{name: rows[name].to_numpy() for name in columns},
         )
+
+    def rows(self, which: Int64[np.ndarray, " m"]) -> "ChunkSource":
+        """The chunks of these numbers alone."""
+        columns = ("member", "start", "next", "h", "reward", "discount", "task")
+        beside = {name: column[which] for name, column in self.beside.items()}
+        return replace(self, beside=beside, **{name: getattr(self, name)[which] for name in columns})
+
+    def without_pictures(self) -> "ChunkSource":
+        """The same chunks for who knows them by what stands beside them: no picture is read."""
+        blind = [replace(m, images={}, schema=replace(m.schema, cameras=())) for m in self.members]
+        return replace(self, members=tuple(blind))
 
     def buffers(self, batch_size: int, *, with_next: bool = False) -> Batch:
         """Arrays for `gather` to fill, again and again.

@@ -98,6 +98,8 @@ def _refs(name: str, recipe: str, overrides: list[str]) -> list[Ref]:
             chunk_tables(night, batches),
         )
         checkpoint = train_checkpoint(night, dataset, frames, chunks)
+        if name in ("jepa", "encode"):  # of a recipe with `represent`; made on the way to its checkpoint
+            return [outcome.ref for outcome in current.outcomes if outcome.stage == name]
         return [checkpoint] if name == "train" else [evaluate_checkpoint(night, checkpoint, dataset)]
 
 

@@ -10,6 +10,7 @@ SHOWN = {  # key of the summary -> what people call it
     "dataset": "dataset",
     "batches": "rollouts",
     "critic": "critic",
+    "encoder": "encoder",
     "checkpoint": "checkpoint",
     "score": "score",
     "video": "video",
@@ -32,6 +33,14 @@ def show(summary: dict[str, Any]) -> None:
             style="bold",
         )
         console.print("  " + ", ".join(f"{name} {rate:.0%}" for name, rate in summary["subgoals"].items()))
+    if "probes" in summary:
+        probes = summary["probes"]
+        best = next(record for record in probes["trained"] if record["step"] == probes["best"])
+        console.print(
+            f"z says {', '.join(best['r2'])} with R² {best['score']:.2f} on held-out episodes"
+            f" ({probes['untrained']['score']:.2f} untrained), effective rank {best['rank']:.1f}",
+            style="bold",
+        )
     if "gain_points" in summary:
         arm = summary["control"]
         low, high = arm["interval"]

@@ -12,7 +12,7 @@ from data.registry import did_you_mean
 from data.sim.registry import SCENES
 from flows.recipes import load
 from models.registry import BACKBONES, modules
-from tasks.actors import starting_point, who_acts
+from tasks.actors import artefact_in, starting_point, who_acts
 from tasks.adopt import refuse_malformed
 from tasks.progress import console
 from tasks.promote import commit
@@ -70,6 +70,8 @@ def _refuse_unknown_parts(recipe: "Recipe") -> None:
     modules(jsonable(recipe.policy))
     if recipe.improve:
         BACKBONES.module(recipe.improve.critic.backbone)
+    if recipe.represent and recipe.represent.start:
+        artefact_in(recipe.represent.start, "represent.start", made_by="jepa")
     who_acts(recipe, night=1)
     if recipe.improve and recipe.improve.start != "champion":
         starting_point(recipe)

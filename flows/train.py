@@ -1,4 +1,4 @@
-"""A policy checkpoint, and whatever it stands on that is not there yet."""
+"""A policy checkpoint, or the encoder it acts by, and whatever it stands on that is not there yet."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from tasks.chunks import chunk_tables
 from tasks.collect import collect_batches
 from tasks.dataset import aggregate_batches
 from tasks.frames import frame_stores
+from tasks.jepa import train_encoder
 from tasks.nights import begin
 from tasks.summary import summarize
 from tasks.train import train_checkpoint
@@ -23,5 +24,7 @@ def train(recipe: str = "demo", overrides: list[str] | None = None) -> dict[str,
         frames = frame_stores(night, batches)
         chunks = chunk_tables(night, batches)
         dataset = aggregate_batches(night, batches)
+        if night.only_represents:
+            return summarize(night, dataset=dataset, encoder=train_encoder(night, dataset, frames, chunks))
         checkpoint = train_checkpoint(night, dataset, frames, chunks)
         return summarize(night, dataset=dataset, checkpoint=checkpoint)

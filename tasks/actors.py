@@ -71,6 +71,11 @@ def acting_code(policy: Mapping[str, Any]) -> tuple[str, ...]:
 
 def checkpoint_in(folder: str, option: str) -> Ref:
     """The published checkpoint artefact in `folder`, which `option` named."""
+    return artefact_in(folder, option, made_by="train")
+
+
+def artefact_in(folder: str, option: str, *, made_by: str) -> Ref:
+    """The artefact of stage `made_by` in `folder`, which `option` named."""
     path = Path(folder)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -78,9 +83,9 @@ def checkpoint_in(folder: str, option: str) -> Ref:
     except (OSError, ValueError, KeyError):
         hint = did_you_mean(folder, ["oracle", "random", "champion"])
         raise BadInput(f"{option} {folder!r} is no checkpoint artefact of this store{hint}") from None
-    if stage != "train":
-        raise BadInput(f"{option} {folder!r} was made by stage {stage}; name an artefact of train")
-    return _found(key, f"{option} {folder!r}")
+    if stage != made_by:
+        raise BadInput(f"{option} {folder!r} was made by stage {stage}; name an artefact of {made_by}")
+    return _found(key, f"{option} {folder!r}", stage)
 
 
 def _pinned_champion(recipe: Recipe, night: int) -> str | None:
@@ -97,8 +102,8 @@ def _pinned_champion(recipe: Recipe, night: int) -> str | None:
     return json.loads(pin.read_text())["champion"]
 
 
-def _found(key: str, whose: str) -> Ref:
-    ref, why = Store().find("train", key)
+def _found(key: str, whose: str, stage: str = "train") -> Ref:
+    ref, why = Store().find(stage, key)
     if ref is None:
         raise BadInput(f"{whose} is gone from the store ({key[:16]}: {why}); name another")
     return ref

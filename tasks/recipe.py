@@ -8,7 +8,7 @@ import json
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,7 +17,7 @@ from data.errors import BadInput
 from data.registry import did_you_mean
 from data.relabel_config import Relabel
 from data.sim.config import SimConfig
-from models.config import ChunkCriticConfig, ChunkPolicyConfig, CriticConfig, FitConfig, PolicyConfig
+from models.config import ChunkCriticConfig, ChunkPolicyConfig, CriticConfig, FitConfig, JepaConfig, PolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,16 @@ class Improve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Represent:
+    """How an encoder is learnt before the policy, whose head then acts by it alone (StateVLA's two phases)."""
+
+    phase: Literal[1, 2] = 2  # what `flywheel train` ends with: 1 = the encoder, 2 = the policy; also --phase
+    start: str = ""  # folder of an artefact of jepa to act by; empty = learn one; also --checkpoint
+    loss: JepaConfig = field(default_factory=JepaConfig)
+    fit: FitConfig = field(default_factory=FitConfig)  # of the encoder, which the probe looks at every fit.save_every
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One night."""
 
@@ -87,9 +97,12 @@ class Recipe:
     fit: FitConfig = field(default_factory=FitConfig)
     evaluate: Evaluate = field(default_factory=Evaluate)
     improve: Improve | None = None  # none: the night ends with the cloned policy
+    represent: Represent | None = None  # none: the policy's backbone learns with its head
 
     def __post_init__(self) -> None:
         plan, score = self.collect, self.evaluate
+        if self.improve and self.represent:
+            raise BadInput("represent keeps a policy from pictures, improve trains it on them; choose one")
         if min(plan.batch, plan.nights, score.episodes, self.workers) < 1:
             raise BadInput("collect.batch, collect.nights, evaluate.episodes and workers must each be at least 1")
         if not plan.noise or min(plan.noise) < 0:
@@ -106,12 +119,20 @@ class Recipe:
             )
 
     @property
+    def only_represents(self) -> bool:
+        """Whether `flywheel train` ends with the encoder."""
+        return self.represent is not None and self.represent.phase == 1
+
+    @property
     def scenes(self) -> tuple[str, ...]:
         """The scenes that are collected."""
         return self.collect.scenes or (self.sim.scene,)
 
     def to_json(self) -> dict[str, Any]:
         return jsonable(self)
+
+
+ALIASES = {"phase": "represent.phase", "checkpoint": "represent.start"}  # as StateVLA's own commands have them
 
 
 def jsonable(config: Any) -> dict[str, Any]:
@@ -128,7 +149,8 @@ def override(recipe: Recipe, overrides: dict[str, str]) -> Recipe:
     """`recipe` with `{"fit.lr": "1e-4"}` applied. Raises `BadInput` for an unknown option or a wrong value."""
     known = options(recipe)
     nested = recipe.to_json()
-    for name, text in overrides.items():
+    for alias, text in overrides.items():
+        name = ALIASES.get(alias, alias)
         parent = nested
         *path, last = name.split(".")
         for part in path:

@@ -8,6 +8,7 @@
                          |      |
                          +--> relabel --> critic --+--> train --> evaluate --> compare      when a recipe improves
                          |       +--> branch (rollouts, used as those of collect)
+                         +--> jepa --> encode --> train --> evaluate                        when a recipe represents
 ```
 `collect`, `frames` and `chunks` are made per batch of episodes, so a night costs what is new in it. A stage's key is
 made of its parameters, the digests of its upstream artefacts and of the code it stands on; `flywheel stage` (which
@@ -82,6 +83,19 @@ STAGES: dict[str, Stage] = {
         libraries=("torch", "transformers", "tokenizers"),
         about="the tasks of a training set as CLIP's vectors",
     ),
+    "jepa": Stage(
+        body="tasks.jepa:learn_encoder",
+        upstream=("dataset", "frames", "chunks", "language"),
+        libraries=("torch", "transformers", "sapien"),
+        about="an encoder that foretells its own next state, chosen by what it knows",
+    ),
+    "encode": Stage(
+        body="tasks.encode:encode_chunks",
+        upstream=("jepa", "frames", "chunks"),
+        libraries=("torch", "transformers"),
+        about="what a frozen encoder says of every chunk's first observation",
+        per_batch=True,
+    ),
     "relabel": Stage(
         body="tasks.relabel:propose_actions",
         upstream=("collect", "adopt", "frames", "chunks", "train"),
@@ -104,7 +118,7 @@ STAGES: dict[str, Stage] = {
     ),
     "train": Stage(
         body="tasks.train:train_policy",
-        upstream=("dataset", "frames", "chunks", "language", "relabel", "critic", "train"),
+        upstream=("dataset", "frames", "chunks", "language", "jepa", "encode", "relabel", "critic", "train"),
         libraries=("torch",),
         about="a policy checkpoint",
     ),

@@ -8,6 +8,7 @@ from tasks.compare import read_comparison
 from tasks.critic import CALIBRATION, FILM, read_critic
 from tasks.dataset import read_set
 from tasks.evaluate import PLOT, VIDEO, read_score
+from tasks.jepa import CURVE, read_probes
 from tasks.recipe import Recipe
 from tasks.stages import current_session
 from tasks.train import ADVANTAGES, EFFECTIVE
@@ -18,6 +19,7 @@ def summarize(
     *,
     batches: list[Ref] | None = None,
     dataset: Ref | None = None,
+    encoder: Ref | None = None,
     checkpoint: Ref | None = None,
     score: Ref | None = None,
     version: dict[str, Any] | None = None,
@@ -32,6 +34,9 @@ def summarize(
         summary |= _of_batches(batches)
     if dataset:
         summary |= _of_dataset(dataset)
+    if encoder:
+        summary |= {"encoder": encoder.path, "encoder_digest": encoder.digest, "probes": read_probes(encoder)}
+        summary |= {"pictures": [str(encoder.dir / CURVE)]}
     if checkpoint:
         summary |= {"checkpoint": checkpoint.path, "checkpoint_digest": checkpoint.digest}
     if score:

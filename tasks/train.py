@@ -2,6 +2,7 @@
 
 ```
  train_checkpoint     a new policy clones what was executed                          phase bc
+                      ... by what an encoder, learnt first, says of it               phase flow_matching
  continue_cloning     ... and goes on, on more data                                  phase bc, from a parent's weights
  improve_checkpoint   the same weights and data, each chunk by what it was worth     phase chunk_policy, with a critic
 ```
@@ -20,6 +21,8 @@ from models.registry import PHASES, modules
 from tasks.chunks import TABLE
 from tasks.critic import read_values_of
 from tasks.dataset import read_set
+from tasks.encode import encode_batches, read_encodings
+from tasks.jepa import ENCODER, train_encoder
 from tasks.language import fill_in, language_of, with_tasks
 from tasks.recipe import Recipe, jsonable
 from tasks.relabel import proposed
@@ -33,16 +36,30 @@ if TYPE_CHECKING:
     from models.policy import Policy
 
 
-BC, CHUNK_POLICY = "bc", "chunk_policy"
+BC, CHUNK_POLICY, FLOW_MATCHING = "bc", "chunk_policy", "flow_matching"
 EFFECTIVE, ADVANTAGES = "pictures/effective_samples.png", "pictures/advantages.png"
 
 
 def train_checkpoint(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
-    """The recipe's policy, cloned."""
+    """The recipe's policy, cloned; of a recipe that has `represent`, by the encoder that is learnt before it."""
+    if recipe.represent:
+        return _act_by_encoder(recipe, dataset, frames, chunks)
     policy = jsonable(recipe.policy)
     upstream = [dataset, *frames, *chunks, *language_of(policy, dataset)]
+    return train_phase(BC, {}, policy, jsonable(recipe.fit), recipe.chunks.horizon, upstream, label=recipe.policy.parts)
+
+
+def _act_by_encoder(recipe: Recipe, dataset: Ref, frames: list[Ref], chunks: list[Ref]) -> Ref:
+    encoder = train_encoder(recipe, dataset, frames, chunks)
+    encodings = encode_batches(recipe, encoder, frames, chunks)
     return train_phase(
-        BC, {}, policy, jsonable(recipe.fit), recipe.chunks.horizon, upstream, label=recipe.policy.parts
+        FLOW_MATCHING,
+        {},
+        jsonable(recipe.policy),
+        jsonable(recipe.fit),
+        recipe.chunks.horizon,
+        [dataset, *frames, *chunks, encoder, *encodings],
+        label=f"{recipe.policy.head} on a frozen {recipe.policy.backbone}",
     )
 
 
@@ -176,12 +193,17 @@ class _Curve:
 
 def _policy(job: Job) -> "Policy":
     """The parent's weights and normalisation, or a new policy fitted to the training set."""
-    from models.checkpoint import load_policy
+    from models.checkpoint import load_encoder, load_policy
+    from models.encoder import policy_on
     from models.policy import Policy, PolicySpec
 
     params, whole = job.params, read_set(job.upstream("dataset")[0])
     if parents := job.upstream("train"):
         return load_policy(parents[0].dir, fits=whole.schema)
+    if encoders := job.upstream("jepa"):
+        encoder = load_encoder(encoders[0].dir / ENCODER, fits=whole.schema)
+        config = PolicyConfig.from_json(params["policy"])
+        return policy_on(encoder, config, horizon=params["horizon"], seed=params["fit"]["seed"])
     language = job.upstream("language")
     config = with_tasks(PolicyConfig.from_json(params["policy"]), language)
     spec = PolicySpec(config=config, schema=whole.schema, horizon=params["horizon"])
@@ -195,16 +217,19 @@ def _source(job: Job) -> "ChunkSource":
 
     members = read_set(job.upstream("dataset")[0]).members
     frames, chunks = job.upstream("frames"), job.upstream("chunks")
-    return ChunkSource.open(
+    source = ChunkSource.open(
         [f.dir for f in frames],
         [c.dir / TABLE for c in chunks],
         episodes=[m.train for m in members],
         beside=_beside(job),
     )
+    return source.without_pictures() if job.upstream("encode") else source
 
 
 def _beside(job: Job) -> "list[dict[str, np.ndarray]] | None":
-    """What `models.types.Judged` reads of each batch beside its chunks, or `Transition`; None for cloning."""
+    """What the phase's kind of batch has beside the chunks of each collection; None for cloning."""
+    if encodings := job.upstream("encode"):
+        return [{"z": read_encodings(ref)} for ref in encodings]
     proposals = job.upstream("relabel")
     if not job.upstream("critic"):
         return [{"proposals": proposed(ref)} for ref in proposals] or None

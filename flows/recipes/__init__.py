@@ -18,8 +18,10 @@ RECIPES = Registry(
         "diffusion_policy": "flows.recipes.zoo:diffusion_policy",
         "flow_dit": "flows.recipes.zoo:flow_dit",
         "pi0": "flows.recipes.zoo:pi0",
+        "statevla": "flows.recipes.statevla:statevla",
         "debug": "flows.recipes.debug:debug",
         "improve-debug": "flows.recipes.improve:improve_debug",
+        "statevla-debug": "flows.recipes.statevla:statevla_debug",
     },
 )
 
