@@ -11,7 +11,8 @@
 Peebles & Xie 2023 (arXiv 2212.09748), without the gates; GR00T N1 (arXiv 2503.14734). Parameters are named and shaped
 as in GR00T and LeRobot, whose weights load here. Why LeRobot's DiT and SelfAttentionTransformer are not used:
 * Both drop the mask of the padded context tokens (`encoder_attention_mask=None`), so padding is attended to.
-* They project the context to keys and values again for every draw and every step, most of an answer's work.
+* They project the context to keys and values again for every draw and every step: with several hundred tokens, most of
+  an answer's work.
 * Dropout on an attention's answer comes twice there; here once, with the same share of zeros.
 * Their module takes ten seconds to import, in every process that acts.
 """
