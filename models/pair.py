@@ -20,7 +20,7 @@ from data.normalize import Normalizer
 from models.policy import Policy, PolicySpec
 from models.reading import make_backbone
 from models.registry import BACKBONES, HEADS, configure
-from models.types import Batch, Context, Info, Observation, Sizes
+from models.types import Batch, Context, Info, Observation, Pretrained, Sizes
 
 
 class Pair(Policy):
@@ -56,7 +56,9 @@ class Pair(Policy):
                 spec, backbone, head_class(head_config, sizes), state=normalizers["state"], action=normalizers["action"]
             )
             if new:
-                backbone.load_pretrained()
+                for part in (pair.backbone, pair.head):
+                    if isinstance(part, Pretrained):
+                        part.load_pretrained()
         return pair
 
     @property

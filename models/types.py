@@ -186,7 +186,16 @@ class Sizes:
 
 
 @runtime_checkable
-class Backbone(Protocol):
+class Pretrained(Protocol):
+    """A part that can begin from published weights; every backbone, and heads of which some are published."""
+
+    def load_pretrained(self) -> None:
+        """Fill them in, if its options name some. Called once, on a new policy."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Pretrained, Protocol):
     """An `nn.Module` that reads observations.
 
     Built as `Class(Config(...), cameras=, image_size=, state_width=, give=)`, where `give` is the part of `gives` that
@@ -200,10 +209,6 @@ class Backbone(Protocol):
 
     def __call__(self, observation: Observation) -> Context:
         """`observation` as `Policy.prepare` makes it."""
-        ...
-
-    def load_pretrained(self) -> None:
-        """Fill in published weights, if its options name some. Called once, on a new policy."""
         ...
 
 

@@ -397,6 +397,23 @@ def test_a_part_that_is_not_tuned_stays_as_published(name, part, tmp_path):
     assert all((p.grad is not None) is p.requires_grad for p in head.parameters())
 
 
+def test_a_new_policy_begins_from_the_weights_its_head_names(tmp_path):
+    def policy(**options) -> Policy:
+        backbone = {"width": 16, "keypoints": 4, "grid": 2}
+        options = {"preset": "tiny"} | options
+        return Policy.build(
+            spec(PolicyConfig(backbone_options=backbone, head="flow_matching", head_options=options)), stats(), seed=7
+        )
+
+    published: FlowDit = policy().head  # pyright: ignore[reportAttributeAccessIssue] (it is a pair)
+    with torch.no_grad():
+        for p in published.parameters():
+            p += 1
+    save_as_gr00t(published, tmp_path)
+    begun: FlowDit = policy(pretrained=str(tmp_path)).head  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(torch.equal(p, published.state_dict()[n]) for n, p in begun.named_parameters())
+
+
 @BOTH
 def test_adapters_leave_the_robot_s_own_to_train(name):
     from models.lora import add_adapters
