@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.refs import Ref
 from data.store import Build
-from models.config import PolicyConfig
+from models.config import ReaderConfig
 from tasks.dataset import read_set
 from tasks.stages import Work, ensure
 
@@ -58,7 +58,7 @@ def write_embeddings(build: Build, work: Work) -> None:
     (build.out / TEXTS).write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
 
 
-def with_tasks(config: PolicyConfig, language: Sequence[Ref]) -> PolicyConfig:
+def with_tasks[C: ReaderConfig](config: C, language: Sequence[Ref]) -> C:
     """`config` with the tasks that its backbone is built for; as it is without an artefact of this stage."""
     if not language:
         return config

@@ -177,7 +177,8 @@ class _Tower(nn.Module):
         super().__init__()
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        options = SiglipVisionConfig(**size, vision_use_head=False)
+        options: Any = SiglipVisionConfig(**size)
+        options.vision_use_head = False  # its pooled vector is read by nobody
         self.pixels, self.width = (options.image_size, options.image_size), options.hidden_size
         self.siglip: Any = SiglipVisionModel(options)
         self.requires_grad_(False)

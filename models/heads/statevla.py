@@ -153,8 +153,9 @@ class StateVLAHead(nn.Module):
         return masked_mean(entropy[..., None], counts[..., None])
 
     def _logits(self, context: Context, arm: Float[Tensor, "b h a"]) -> Float[Tensor, "b h"]:
-        seen = [context.pooled, arm.flatten(1)] if self.config.reads_chunk else [context.pooled]
-        return self.classifier(torch.cat(seen, dim=-1)).float()
+        assert context.pooled is not None, "the head needs it"
+        seen = torch.cat([context.pooled, arm.flatten(1)], dim=-1) if self.config.reads_chunk else context.pooled
+        return self.classifier(seen).float()
 
     def _arm(self, x: Shaped[Tensor, "b h w"]) -> Shaped[Tensor, "b h a"]:
         """All components but the gripper's."""
