@@ -11,7 +11,7 @@ head, `pi0_flow`. State and actions are not seen from here, so this is computed 
 |           | SigLIP                                         | Gemma                                               |
 | preset    | picture | patch | width | layers, heads | mlp  | width | layers, heads | of width | mlp   | vocabulary |
 |-----------|---------|-------|-------|---------------|------|-------|---------------|----------|-------|------------|
-| tiny      | 16      | 8     | 16    | 1, 2          | 32   | 32    | 2, 2          | 16       | 64    | bytes      |
+| tiny      | 16      | 8     | 32    | 1, 2          | 64   | 32    | 2, 2          | 16       | 64    | bytes      |
 | small     | 64      | 16    | 128   | 3, 4          | 256  | 128   | 4, 4          | 32       | 256   | bytes      |
 | published | 224     | 14    | 1152  | 27, 16        | 4304 | 2048  | 18, 8         | 256      | 16384 | 257152     |
 
@@ -58,7 +58,7 @@ class _Size:
 
 PRESETS = {
     "tiny": _Size(
-        image=16, patch=8, vision=16, vision_layers=1, vision_heads=2, vision_mlp=32,
+        image=16, patch=8, vision=32, vision_layers=1, vision_heads=2, vision_mlp=64,
         width=32, mlp=64, layers=LayerShape(layers=2, groups=1, queries=2, width=16),
     ),
     "small": _Size(
