@@ -45,7 +45,7 @@ class _Size:
     layers: int
     patch: int  # rows and columns of pixels
     pixels: int  # pictures are scaled to this height and width; 0 = as they are
-    tower: dict[str, int]  # of transformers' SiglipVisionConfig, where it differs from siglip-base-patch16-224
+    tower: dict[str, Any]  # of transformers' SiglipVisionConfig, where it differs from siglip-base-patch16-224
 
 
 PRESETS = {
@@ -173,7 +173,7 @@ class _Projected(nn.Module):
 class _Tower(nn.Module):
     """Frozen SigLIP, one for all cameras."""
 
-    def __init__(self, size: dict[str, int]) -> None:
+    def __init__(self, size: dict[str, Any]) -> None:
         super().__init__()
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
