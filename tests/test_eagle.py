@@ -1,5 +1,6 @@
 """Eagle: the same numbers as transformers' towers with GR00T's popped layers between them, and weights by name."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -204,6 +205,16 @@ def test_pictures_of_another_size_are_scaled_inside():
     assert_close(model._scaled(flat["head"]), torch.full((3, 3, PX, PX), -0.5))
 
 
+def test_a_crop_is_the_middle():
+    """0.95 of 40 rows are 38, of 24 columns 22, as torchvision crops and scales them."""
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    model = make(Eagle, crop=0.95)
+    picture = torch.rand(1, 3, 40, 24, generator=generator("picture"))
+    expected = resize(center_crop(picture, [38, 22]), [PX, PX]) * 2 - 1
+    assert_close(model._scaled(picture), expected, atol=1e-5, rtol=0)
+
+
 def test_what_nobody_reads_is_not_given():
     assert make(Eagle, give=frozenset({"pooled"}))(observed()).tokens is None
     context = make(Eagle, give=frozenset({"tokens"}))(observed())
@@ -232,8 +243,8 @@ def test_it_learns_with_a_head(backbone, head):
 def prepared(model, seen: Observation, image_token: int, prefix: str = "eagle_") -> dict[str, torch.Tensor]:
     """As InternManip's processor does: a place for each token of a picture, padded on the left."""
     ids, is_pad = model.instructions(seen.tasks)
-    places = torch.full((len(seen), len(CAMERAS) * 4), image_token)
     pixels = torch.stack([seen.images[name] for name in CAMERAS], dim=1).flatten(0, 1) * 2 - 1
+    places = torch.full((len(seen), len(CAMERAS) * model.see(pixels[:1]).shape[1]), image_token)
     rows = [torch.cat([row[pad], spot, row[~pad]]) for row, pad, spot in zip(ids, is_pad, places, strict=True)]
     counts = is_pad.sum(dim=1)[:, None]
     inputs = {"input_ids": torch.stack(rows), "pixel_values": pixels}
@@ -257,7 +268,7 @@ def test_prepared_inputs_that_do_not_fit_are_refused():
     del inputs["eagle_attention_mask"]
     with pytest.raises(BadInput, match="eagle_attention_mask is missing; there are eagle_input_ids"):
         model.forward_prepared(inputs)
-    with pytest.raises(BadInput, match="room for 24 tokens of pictures, not 20"):
+    with pytest.raises(BadInput, match="room for 96 tokens of pictures, not 80"):
         inputs = prepared(model, seen, IMAGE_TOKEN)
         model.forward_prepared(inputs | {"eagle_pixel_values": inputs["eagle_pixel_values"][:5]})
 
@@ -287,7 +298,7 @@ def test_a_published_tokenizer_brings_its_chat(tmp_path):
     assert texts[0].endswith("<|im_start|>user\n<image 1><img>") and texts[1] == "</img><image 2><img>"
     assert texts[2] == "</img>" and texts[3].endswith("go<|im_end|>\n<|im_start|>assistant\n")
     assert read[0][0] == tokenizer.token_to_id("<|im_start|>")
-    assert context.tokens.shape[1] == sum(ids.numel() for ids in read) + 2 * 4
+    assert context.tokens.shape[1] == sum(ids.numel() for ids in read) + 2 * 16
 
 
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
@@ -331,6 +342,8 @@ def test_published_weights_are_filled_in(kind, layout, tmp_path):
     save_file({name: found[name] for name in names[::2]}, tmp_path / "model-00001-of-00002.safetensors")
     rest = {name: found[name] for name in names[1::2]} | {"action_head.model.x": torch.zeros(1)}
     save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
+    shards = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     model = make(kind, pretrained=str(tmp_path), tune_llm=False, tune_visual=False)
     before = model.project.weight.clone()
     model.load_pretrained()
@@ -351,7 +364,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     with pytest.raises(BadInput) as fault:
         model.load_pretrained()
     assert "3 keys do not fit: backbone.eagle_model.mlp2.bias (unknown), connector.1.bias (missing)" in str(fault.value)
-    with pytest.raises(BadInput, match="there is none; name the folder of the weights"):
+    with pytest.raises(BadInput, match="cannot be read as safetensors"):
         make(Eagle, pretrained=str(tmp_path / "nowhere")).load_pretrained()
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(BadInput, match="cannot be read as safetensors"):
@@ -372,6 +385,7 @@ def test_names_that_are_not_eagle_s_are_left_out():
         ({"tune_llm": False}, "tune_llm false would keep random weights; name weights in pretrained"),
         ({"tune_visual": False}, "tune_visual false would keep random weights"),
         ({"shuffle": 3}, "shuffle is 3, which does not divide the 4 patches of a side"),
+        ({"crop": 0.0}, r"crop is 0.0; give a share in \(0, 1\]"),
         ({"longest": 0}, "longest is 0; give at least 1"),
     ],
 )

@@ -161,7 +161,7 @@ class PooledOnly(nn.Module):
 def test_a_pair_that_does_not_fit_is_refused_naming_those_that_do(monkeypatch):
     monkeypatch.setitem(registry.BACKBONES.table, "pooled_only", "test_policy:PooledOnly")
     with pytest.raises(
-        BadInput, match=r"'act' needs tokens.*'pooled_only'.*heads that fit it: diffusion, flow, gaussian$"
+        BadInput, match=r"'act' needs tokens.*'pooled_only'.*heads that fit it: diffusion, flow, gaussian, statevla$"
     ):
         build(PolicyConfig(backbone="pooled_only", head="act", head_options=HEADS["act"]))
     policy = build(PolicyConfig(backbone="pooled_only", head="flow", head_options=HEADS["flow"]))

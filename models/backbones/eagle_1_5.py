@@ -2,7 +2,7 @@
 
 | preset    | picture | SigLIP                     | tokens | Qwen3: layers built, width | out  | parameters | for   |
 |-----------|---------|----------------------------|--------|----------------------------|------|------------|-------|
-| tiny      | 16 px   | 1 layer of 16, patch 8     | 4      | 1 of 2, 32                 | 24   | 22 k       | tests |
+| tiny      | 16 px   | 1 layer of 16, patch 4     | 16     | 1 of 2, 32                 | 24   | 22 k       | tests |
 | small     | 64 px   | 3 layers of 64, patch 16   | 16     | 2 of 4, 128                | 128  | 0.6 M      | CPU   |
 | published | 224 px  | 27 layers of 1152, patch 14| 256    | 12 of 28, 2048             | 1536 | 1.33 B     | GPU   |
 
@@ -29,7 +29,7 @@ class Eagle15(EagleVLM):
 
     presets: ClassVar[Mapping[str, EagleSize]] = {
         "tiny": EagleSize(
-            vision=VisionSize(picture=16, patch=8, width=16, layers=1, heads=2, feedforward=32),
+            vision=VisionSize(picture=16, patch=4, width=16, layers=1, heads=2, feedforward=32),
             language=LanguageSize(vocabulary=0, width=32, layers=2, heads=2, groups=1, head=16, feedforward=64),
             select=1,
             shuffle=1,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from data.errors import BadInput
-from models.layers.eagle_weights import fill
+from models.layers.eagle_weights import fill_eagle
 from models.layers.instructions import Instructions
 from models.types import Context, Observation
 
@@ -96,6 +96,7 @@ class EagleConfig:
     shuffle: int = 0  # patches of a side that become one token, 1 = none are joined; 0 = the preset's
     connector: Literal[0, 1, 2] = 0  # linear maps from a picture's tokens to the language model; 0 = the preset's
     vocabulary: int = 0  # rows of the embedding; 0 = the preset's
+    crop: float = 1.0  # share of a picture's rows and columns that is kept, in the middle (GR00T: 0.95)
     tokenizer: str = ""  # folder with Eagle's tokenizer.json, which brings its chat with it; empty = bytes
     longest: int = 128  # ids that are read of an instruction
     tune_llm: bool = True  # train the language model; false needs pretrained
@@ -106,6 +107,8 @@ class EagleConfig:
         if not (self.pretrained or (self.tune_llm and self.tune_visual)):
             name = "tune_visual" if self.tune_llm else "tune_llm"
             raise BadInput(f"backbone eagle: {name} false would keep random weights; name weights in pretrained")
+        if not 0 < self.crop <= 1:
+            raise BadInput(f"backbone eagle: crop is {self.crop}; give a share in (0, 1]")
         for name, least in (("longest", 1), ("vocabulary", 0), ("shuffle", 0), ("project_to_dim", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise BadInput(f"backbone eagle: {name} is {value}; give at least {least}")
@@ -139,7 +142,7 @@ class EagleVLM(nn.Module):
         self.vision = _siglip(size.vision)
         self.connector = _connector(size)
         self.language = self.make_language(size.language, size.select)
-        self.project = nn.Linear(size.language.width, self.width) if size.project else nn.Identity()
+        self.project = _linear(size.language.width, self.width) if size.project else nn.Identity()
         for part, tuned in ((self.vision, config.tune_visual), (self.connector, config.tune_visual)):
             part.requires_grad_(tuned)
         self.language.requires_grad_(config.tune_llm)
@@ -189,10 +192,13 @@ class EagleVLM(nn.Module):
     def load_pretrained(self) -> None:
         """Fill in `config.pretrained`, if it is named. Raises `BadInput` for weights that are not of this model."""
         if self.config.pretrained:
-            fill(self, Path(self.config.pretrained), layers=self.size.select)
+            fill_eagle(self, Path(self.config.pretrained), layers=self.size.select)
 
     def _scaled(self, images: Float[Tensor, "b 3 _ _"]) -> Float[Tensor, "b 3 s s"]:
-        side = self.size.vision.picture
+        side, (rows, columns) = self.size.vision.picture, images.shape[-2:]
+        h, w = int(rows * self.config.crop), int(columns * self.config.crop)
+        top, left = round((rows - h) / 2), round((columns - w) / 2)  # as torchvision's CenterCrop
+        images = images[..., top : top + h, left : left + w]
         if images.shape[-2:] != (side, side):
             images = interpolate(images, (side, side), mode="bilinear", antialias=True)
         return images * 2 - 1
@@ -251,8 +257,16 @@ def _connector(size: EagleSize) -> nn.Sequential:
     """Eagle's `mlp1`, under its own numbers."""
     seen, width = size.vision.width * size.shuffle**2, size.language.width
     if size.connector == 1:
-        return nn.Sequential(nn.Linear(seen, width))
-    return nn.Sequential(nn.LayerNorm(seen), nn.Linear(seen, width), nn.GELU(), nn.Linear(width, width))
+        return nn.Sequential(_linear(seen, width))
+    return nn.Sequential(nn.LayerNorm(seen), _linear(seen, width), nn.GELU(), _linear(width, width))
+
+
+def _linear(width: int, out: int) -> nn.Linear:
+    """Begins by keeping the size of what it reads, as the towers do; torch's own would shrink pictures beside words."""
+    linear = nn.Linear(width, out)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def language_options(size: LanguageSize, layers: int, *, rope: float, epsilon: float) -> dict[str, Any]:

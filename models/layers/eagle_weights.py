@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.untrusted import fault
+from models.layers.pretrained import read_weights as read_folder
 
 GROOT = re.compile(r"^backbone\.(eagle_model|model)\.")
 PARTS = {"vision_model.": "vision.", "mlp1.": "connector.", "language_model.model.": "language."}
@@ -51,21 +50,7 @@ def _our_name(name: str) -> str | None:
     return None
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of all safetensors files in `folder`. Raises `BadInput` naming what is missing or damaged."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise fault(folder, "*.safetensors", "there is none", "name the folder of the weights")
-    found = {}
-    for path in files:
-        try:
-            found |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise fault(folder, path.name, f"cannot be read as safetensors ({error})", "fetch it again") from None
-    return found
-
-
-def fill(module: nn.Module, folder: Path, *, layers: int) -> None:
+def fill_eagle(module: nn.Module, folder: Path, *, layers: int) -> None:
     """Copy the weights in `folder` into `module`, an `EagleVLM`. A projection, which Eagle alone lacks, may be missing.
 
     Raises `BadInput` with the keys that do not fit. A GR00T's head is not looked at.
