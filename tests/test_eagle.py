@@ -395,6 +395,11 @@ def test_refused_when_built(options, message):
     assert len(str(fault.value)) < 200 and "\n" not in str(fault.value)
 
 
+def test_a_dataset_without_cameras_is_refused():
+    with pytest.raises(BadInput, match="there is no camera to see with"):
+        Eagle(EagleConfig(preset="tiny"), cameras=(), image_size=(PX, PX), state_width=STATE, give=EVERYTHING)
+
+
 @BOTH
 def test_all_layers_and_no_projection(kind):
     for every in (-1, None, 2):

@@ -2,8 +2,8 @@
 
 | preset    | picture | SigLIP                     | tokens | SmolLM2: layers built, width | out  | parameters | for   |
 |-----------|---------|----------------------------|--------|------------------------------|------|------------|-------|
-| tiny      | 16 px   | 1 layer of 16, patch 4     | 4      | 1 of 2, 32                   | 24   | 27 k       | tests |
-| small     | 64 px   | 2 layers of 64, patch 8    | 16     | 2 of 4, 128                  | 128  | 0.6 M      | CPU   |
+| tiny      | 16 px   | 1 layer of 16, patch 4     | 4      | 1 of 2, 32                   | 24   | 26 k       | tests |
+| small     | 64 px   | 2 layers of 64, patch 8    | 16     | 2 of 4, 128                  | 128  | 0.51 M     | CPU   |
 | published | 224 px  | 27 layers of 1152, patch 14| 64     | 12 of 24, 2048               | 1536 | 1.34 B     | GPU   |
 
 Tokens are per camera. Bjorck et al. 2025 (arXiv 2503.14734), which counts 1.34 B in the published one too.

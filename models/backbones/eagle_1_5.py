@@ -3,7 +3,7 @@
 | preset    | picture | SigLIP                     | tokens | Qwen3: layers built, width | out  | parameters | for   |
 |-----------|---------|----------------------------|--------|----------------------------|------|------------|-------|
 | tiny      | 16 px   | 1 layer of 16, patch 4     | 16     | 1 of 2, 32                 | 24   | 22 k       | tests |
-| small     | 64 px   | 3 layers of 64, patch 16   | 16     | 2 of 4, 128                | 128  | 0.6 M      | CPU   |
+| small     | 64 px   | 3 layers of 64, patch 16   | 16     | 2 of 4, 128                | 128  | 0.50 M     | CPU   |
 | published | 224 px  | 27 layers of 1152, patch 14| 256    | 12 of 28, 2048             | 1536 | 1.33 B     | GPU   |
 
 Tokens are per camera; here no patches are joined, and the connector is one linear map. Qwen3's queries share keys two

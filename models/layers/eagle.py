@@ -133,8 +133,10 @@ class EagleVLM(nn.Module):
         state_width: int,
         give: frozenset[str],
     ) -> None:
-        """Raises `BadInput` for a select_layer that the model does not have and a tokenizer that does not fit it."""
+        """Raises `BadInput` for no cameras, a select_layer the model does not have, a tokenizer that does not fit it."""
         super().__init__()
+        if not cameras:
+            raise BadInput("backbone eagle: there is no camera to see with; record one, or name another backbone")
         self.config, self.cameras, self.give = config, cameras, give
         self.instructions = Instructions(config.tokenizer, longest=config.longest)
         self.size = size = _size(self.presets[config.preset], config, self.instructions)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.untrusted import fault
-from models.layers.pretrained import read_weights as read_folder
+from models.layers.pretrained import read_weights
 
 GROOT = re.compile(r"^backbone\.(eagle_model|model)\.")
 PARTS = {"vision_model.": "vision.", "mlp1.": "connector.", "language_model.model.": "language."}
@@ -55,7 +55,7 @@ def fill_eagle(module: nn.Module, folder: Path, *, layers: int) -> None:
 
     Raises `BadInput` with the keys that do not fit. A GR00T's head is not looked at.
     """
-    found = read_folder(folder)
+    found = read_weights(folder)
     names = our_names(found, layers=layers)
     wanted = module.state_dict()
     ours = {our: found[name] for name, our in names.items() if our}
