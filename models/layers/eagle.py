@@ -133,7 +133,7 @@ class EagleVLM(nn.Module):
         state_width: int,
         give: frozenset[str],
     ) -> None:
-        """Raises `BadInput` for no cameras, a select_layer the model does not have, a tokenizer that does not fit it."""
+        """Raises `BadInput` for no cameras, a select_layer that is not there, a tokenizer that does not fit."""
         super().__init__()
         if not cameras:
             raise BadInput("backbone eagle: there is no camera to see with; record one, or name another backbone")
