@@ -41,6 +41,7 @@ def test_key_follows_parameters_code_and_upstream_digests_only():
     assert inputs(x=1).key == base.key
     assert inputs(x=2).key != base.key
     assert Inputs(stage="toy", params={"x": 1}, code={"m": "2"}).key != base.key
+
     def with_parent(key: str, digest: str) -> str:
         parent = Ref(stage="up", key=key, digest=digest, path="/anywhere")
         return Inputs(stage="toy", params={"x": 1}, code={"m": "1"}, parents=(parent,)).key
