@@ -3,10 +3,11 @@
     python benchmarks/scan.py [--malloc default tuned] [--rounds 5] [--json]
 
 B = 8, L = 395, width 256, state 16, expansion 2, float32: StateVLA's encoder layer. Two jobs: `layer`, the whole block
-with the gradients of its input and of every parameter, and `scan`, the recurrence with its skip and gate. `reference`
-is our block around mamba-ssm's reference loop, `transformers` is MambaMixer's path without kernels, `mambapy` the same
-with its parallel scan (left out where it is not installed), `products` the block's matrix products and convolution
-alone: the limit of any scan. Outputs and gradients must be equal to 1e-5 before anything is timed.
+with the gradients of its input and of every parameter, and `scan`, the recurrence with its skip and gate. `portable`
+is ours without a C compiler, `reference` our block around mamba-ssm's reference loop, `transformers` MambaMixer's path
+without kernels, `mambapy` the same with its parallel scan (left out where it is not installed), `products` the block's
+matrix products and convolution alone: the limit of any scan. Outputs and gradients must be equal to 1e-5 before
+anything is timed.
 
 Every implementation runs in a process of its own (so that its peak memory is its own) on one thread, and all of them
 answer round by round in turn. The peers spend most of their time on fresh memory, so everything is measured twice:
@@ -66,9 +67,19 @@ def ours_layer():
 
 
 def reference_layer():
+    return ours_around(reference_scan)
+
+
+def portable_layer():
+    from models.layers.scan import portable_scan
+
+    return ours_around(portable_scan)
+
+
+def ours_around(scan):
     from models.layers import mamba
 
-    mamba.selective_scan = reference_scan  # in this process alone
+    mamba.selective_scan = scan  # in this process alone
     return ours_layer()
 
 
@@ -89,20 +100,18 @@ def mambapy_layer():
 
 def products_layer():
     """The block with nothing for a scan, but with every gradient that the products need."""
-    from models.layers import mamba
-
-    mamba.selective_scan = lambda x, delta, A, B, C, D, gate: x + delta + gate + (B + C).sum() + A.sum() + D
-    return ours_layer()
+    return ours_around(lambda x, delta, A, B, C, D, gate: x + delta + gate + (B + C).sum() + A.sum() + D)
 
 
 LAYERS = {
     "ours": ours_layer,
+    "portable": portable_layer,
     "reference": reference_layer,
     "transformers": transformers_layer,
     "mambapy": mambapy_layer,
     "products": products_layer,
 }
-SCANS = ("ours", "reference")
+SCANS = ("ours", "portable", "reference")
 
 
 def work_of(name: str, job: str, length: int):
@@ -115,7 +124,7 @@ def work_of(name: str, job: str, length: int):
         inputs = {"tokens": torch.randn(B, length, WIDTH, generator=draw, requires_grad=True)}
         given, width = inputs | dict(block.named_parameters()), WIDTH
     else:
-        from models.layers.scan import selective_scan
+        from models.layers.scan import portable_scan, selective_scan
 
         inputs = {
             "x": torch.randn(B, length, INNER, generator=draw),
@@ -127,7 +136,7 @@ def work_of(name: str, job: str, length: int):
             "gate": torch.randn(B, length, INNER, generator=draw),
         }
         given, width = {key: tensor.requires_grad_() for key, tensor in inputs.items()}, INNER
-        forward = selective_scan if name == "ours" else reference_scan
+        forward = {"ours": selective_scan, "portable": portable_scan, "reference": reference_scan}[name]
     dy = torch.randn(B, length, width, generator=draw)
 
     def work():

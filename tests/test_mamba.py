@@ -1,6 +1,7 @@
 """Mamba: its scan against the recurrence written out, its block against transformers', its step against itself."""
 
 import logging
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from tiny_policy import generator
 
-from models.layers import scan
+from models.layers import scan, scan_c
 from models.layers.mamba import Mamba, MambaConfig, MambaStack
-from models.layers.scan import BLOCK, portable_scan, selective_scan
+from models.layers.scan import BLOCK, compiled_scan, portable_scan, selective_scan
 from models.types import Phase
 
 TINY = MambaConfig(dim=32, state=4)
@@ -28,6 +29,8 @@ PARAMETERS = {  # of mamba-ssm's Mamba(256, d_state=16, d_conv=4, expand=2)
     "out_proj.weight": (256, 512),
 }
 BATCH, CHANNELS, STATES = 2, 24, 8
+with_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler: apt-get install gcc")
+each_scan = pytest.mark.parametrize("of", [portable_scan, pytest.param(compiled_scan, marks=with_compiler)])
 
 
 def written_out(x, delta, A, B, C, D, gate):
@@ -59,10 +62,16 @@ def relative(ours, other):
     return ((ours - other).abs().max() / other.abs().max()).item()
 
 
+@with_compiler
+def test_where_there_is_a_compiler_it_is_used():
+    assert scan_c.recurrence(STATES)
+
+
+@each_scan
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 395])
-def test_the_scan_is_the_recurrence_forward_and_backward(length):
+def test_the_scan_is_the_recurrence_forward_and_backward(length, of):
     given = arguments(length)
-    y, expected = portable_scan(*given), written_out(*given)
+    y, expected = of(*given), written_out(*given)
     dy = torch.randn(y.shape, generator=generator("dy"))
     assert relative(y, expected) < 1e-5
     for ours, other in zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, given, dy), strict=True):
@@ -77,25 +86,46 @@ def test_the_gradient_is_the_slope():
     assert torch.autograd.gradcheck(portable_scan, given)
 
 
-def test_fast_decay_neither_overflows_nor_loses_the_gradient():
+@each_scan
+def test_fast_decay_neither_overflows_nor_loses_the_gradient(of):
     """exp(-sum of δA) would: 100 steps of 50 are e^5000."""
     given = arguments(100)
     with torch.no_grad():
         given[1] += 30
-    y = portable_scan(*given)
+    y = of(*given)
     assert relative(y, written_out(*given)) < 1e-5
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), given))
 
 
-def test_half_precision_scans_in_single():
+@each_scan
+def test_half_precision_scans_in_single(of):
     given = [t.detach().bfloat16() for t in arguments(200)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = portable_scan(*given)
+        y = of(*given)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, portable_scan(*(t.float() for t in given)).bfloat16())
+    assert torch.equal(y, of(*(t.float() for t in given)).bfloat16())
 
 
-def test_the_backward_pass_keeps_one_state_per_block():
+@with_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("d", [1, 16, 37])
+def test_the_compiled_scan_for_any_width_and_however_its_inputs_lie(d, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = [t.detach() for t in arguments(2 * BLOCK + 3, b=5, d=2 * d)]
+        given = [t[..., 1::2] if i in (0, 1, 6) else t for i, t in enumerate(whole)]
+        given[2], given[5] = whole[2][::2], whole[5][::2]
+        given = [t.requires_grad_() for t in given]
+        y, expected = compiled_scan(*given), portable_scan(*given)
+        pairs = zip(*(torch.autograd.grad(a.square().sum(), given) for a in (y, expected)), strict=True)
+        assert relative(y, expected) < 1e-5 and all(relative(a, b) < 1e-5 for a, b in pairs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_scan
+def test_the_backward_pass_keeps_one_state_per_block(of):
     """The naive graph keeps several [b l d n]; ours, the inputs and the states before each block."""
     given, kept = arguments(20 * BLOCK), {}
 
@@ -104,7 +134,7 @@ def test_the_backward_pass_keeps_one_state_per_block():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t):
-        portable_scan(*given)
+        of(*given)
     one = 4 * BATCH * 20 * BLOCK * CHANNELS * STATES
     assert sum(kept.values()) < 2 * one
 
@@ -219,9 +249,11 @@ def test_a_step_leaves_the_state_it_was_given():
 
 @pytest.fixture
 def anew():
-    scan.scan_on.cache_clear()
+    for kept in (scan.scan_on, scan_c.recurrence):
+        kept.cache_clear()
     yield
-    scan.scan_on.cache_clear()
+    for kept in (scan.scan_on, scan_c.recurrence):
+        kept.cache_clear()
 
 
 def test_mamba_ssms_kernel_is_given_what_it_wants(anew, monkeypatch):
@@ -240,9 +272,22 @@ def test_mamba_ssms_kernel_is_given_what_it_wants(anew, monkeypatch):
 
 def test_which_scan_is_said_once(anew, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", None)  # an import of it fails
-    caplog.set_level(logging.INFO, logger=scan.__name__)
+    caplog.set_level(logging.INFO, logger="models.layers")
     for _ in range(3):
         selective_scan(*arguments(5))
         assert scan.scan_on("cuda").__name__ == "triton_scan"
     levels = [(r.levelname, r.getMessage().split(":")[0]) for r in caplog.records]
     assert levels == [("INFO", "Mamba's scan on cpu"), ("INFO", "Mamba's scan on cuda")]
+
+
+@pytest.mark.parametrize(("compiler", "level"), [("no-such-compiler", "INFO"), ("false", "WARNING")])
+def test_without_a_compiler_the_portable_scan_does_it_and_says_so(anew, monkeypatch, caplog, tmp_path, compiler, level):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("FLYWHEEL_ROOT", str(tmp_path))
+    caplog.set_level(logging.INFO, logger=scan_c.__name__)
+    given = arguments(5)
+    for _ in range(2):
+        assert torch.equal(selective_scan(*given), portable_scan(*given))
+    (said,) = caplog.records
+    assert said.levelname == level and "portable" in said.getMessage()
+    assert not list(tmp_path.rglob("*.so"))

@@ -6,7 +6,8 @@ for each of d channels, each with n states: A [d n] < 0, B_t and C_t [n] shared 
 [d]. Gu & Dao 2023 (arXiv 2312.00752), algorithm 2, as in mamba-ssm.
 
 On CUDA mamba-ssm's kernel does it where that is installed (extra `cuda`), ours in Triton (`scan_triton`) where it is
-not; everywhere else `portable_scan`. Their results are the same. Which one, is said once in the log.
+not; on a CPU ours in C (`scan_c`) where there is a compiler; everywhere else `portable_scan`. Their results are the
+same to rounding. Which one, is said once in the log.
 
 The portable one goes block by block, so that what it works on stays in the processor's cache and of all states only
 one per block is kept:
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from models.layers import scan_c
 
 BLOCK = 16  # steps; memory is length / BLOCK + 3 BLOCK states [b n d]
 
@@ -65,6 +68,8 @@ def selective_step(
 @cache
 def scan_on(device: str) -> Callable[..., Tensor]:
     """`selective_scan` for a type of device, by what is installed."""
+    if device == "cpu":
+        return compiled_scan  # says itself whether it can be
     if device != "cuda":
         log.info("Mamba's scan on %s: portable", device)
         return portable_scan
@@ -86,10 +91,23 @@ def portable_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor
 ) -> Float[Tensor, "b l d"]:
     """`selective_scan` in plain PyTorch on any device."""
+    return _around(_Scan.apply, x, delta, A, B, C, D, gate)
+
+
+def compiled_scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor
+) -> Float[Tensor, "b l d"]:
+    """`selective_scan` on a CPU, in C if that can be compiled. In float64 the portable one, which is an oracle then."""
+    compiled = scan_c.recurrence(A.shape[1]) if x.dtype != torch.float64 else None
+    return _around(compiled or _Scan.apply, x, delta, A, B, C, D, gate)
+
+
+def _around(recurrence: Callable[..., Tensor], x: Tensor, delta: Tensor, A: Tensor, *others: Tensor) -> Tensor:
+    """Softplus, skip and gate around y_t = C_t h_t."""
     given, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        x, delta, A, B, C, D, gate = (t.to(dtype) for t in (x, delta, A, B, C, D, gate))
-        y = _Scan.apply(x, F.softplus(delta), A, B, C)
+        x, delta, A, B, C, D, gate = (t.to(dtype) for t in (x, delta, A, *others))
+        y = recurrence(x, F.softplus(delta), A, B, C)
         return ((y + D * x) * F.silu(gate)).to(given)
 
 
