@@ -33,6 +33,8 @@ def show(summary: dict[str, Any]) -> None:
             style="bold",
         )
         console.print("  " + ", ".join(f"{name} {rate:.0%}" for name, rate in summary["subgoals"].items()))
+    if squared := summary.get("action_error", {}).get("squared"):
+        console.print("  held-out actions, squared error: " + ", ".join(f"{n} {e:.2g}" for n, e in squared.items()))
     if "probes" in summary:
         probes = summary["probes"]
         best = next(record for record in probes["trained"] if record["step"] == probes["best"])

@@ -3,7 +3,7 @@
 ```
  self_test      the expert, then its recorded actions again -> does this simulator measure what we think?
  evaluate       policy + protocol -> rollouts -> score (JSON) + video grid (mp4)
- action_error   policy + held-out episodes -> mean |a_pred - a| per action component
+ action_error   policy + held-out episodes -> |a_pred - a| and its square per action component
  plot           score (+ action error) -> one png
 ```
 """
@@ -22,10 +22,11 @@ from data.errors import BadInput
 from data.protocol import EvalProtocol
 from data.schema import IMAGE, STATE
 from data.sim.config import SimConfig
-from data.sim.execution import execution
+from data.sim.execution import EveryNth, TemporalEnsemble, execution
 from data.sim.rollout import OraclePolicy, Policy, rollout
 from data.sim.vector import Backend
 from models.pictures import MAX_TILES, VIDEO_CAMERA, plot, video_grid
+from models.seeds import derive
 
 __all__ = [
     "Comparison",
@@ -209,32 +210,53 @@ def paired_comparison(a: Score, b: Score) -> Comparison:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActionError:
+    """How far a policy's actions are from the recorded ones, per component, in action units."""
+
+    absolute: Float[np.ndarray, " a"]  # mean |a_pred - a|
+    squared: Float[np.ndarray, " a"]  # mean (a_pred - a)²
+
+
 def action_error(
     policy: Policy,
     episodes: Iterable[Episode],
     *,
     replan: int | None = None,
     temporal_ensemble: float | None = None,
-) -> Float[np.ndarray, " a"]:
-    """Mean |a_pred - a| per action component over held-out episodes, in action units.
+    samples: int = 1,
+) -> ActionError:
+    """Means over the steps of held-out episodes, and over `samples` answers of a policy that draws them.
 
-    Each recorded action is compared once, with the one that the policy would have executed at that step had it been
-    asked as in a rollout, but from the recorded observations. A policy's own randomness is a function of (seed, step),
-    so the answer is too.
+    Each recorded action is compared with the one that the policy would have executed at that step had it been asked as
+    in a rollout, but from the recorded observations. A policy's own randomness is a function of (seed, step): the first
+    sample is what it would have done in this episode, the others what it would have done under other seeds.
     """
     errors = []
     for episode in episodes:
-        policy.reset(0, episode.seed)
-        strategy = execution(replan=replan, temporal_ensemble=temporal_ensemble)
-        for step, action in enumerate(episode.action):
-            if strategy.wants_chunk:
-                seen = {IMAGE + name: frames[step : step + 1] for name, frames in episode.images.items()}
-                seen[STATE] = episode.state[step : step + 1].copy()  # a table's memory is read-only
-                strategy.add(policy.act(seen, [episode.task], [episode.seed], [step])[0])
-            errors.append(np.abs(strategy.next()[0].astype(np.float64) - action))
+        for k in range(samples):
+            seed = derive("sample", episode.seed, k) if k else episode.seed
+            strategy = execution(replan=replan, temporal_ensemble=temporal_ensemble)
+            errors.append(_predicted(policy, episode, seed, strategy) - episode.action)
     if not errors:
         raise EvaluationError("no held-out episodes to measure the action error on; collect some with other seeds")
-    return np.mean(errors, axis=0)
+    error = np.concatenate(errors)
+    return ActionError(absolute=np.abs(error).mean(axis=0), squared=(error**2).mean(axis=0))
+
+
+def _predicted(
+    policy: Policy, episode: Episode, seed: int, strategy: EveryNth | TemporalEnsemble
+) -> Float[np.ndarray, "l a"]:
+    """What would have been executed at each step of `episode`, were it of `seed`."""
+    policy.reset(0, seed)
+    actions = []
+    for step in range(len(episode)):
+        if strategy.wants_chunk:
+            seen = {IMAGE + name: frames[step : step + 1] for name, frames in episode.images.items()}
+            seen[STATE] = episode.state[step : step + 1].copy()  # a table's memory is read-only
+            strategy.add(policy.act(seen, [episode.task], [seed], [step])[0])
+        actions.append(strategy.next()[0].astype(np.float64))
+    return np.stack(actions)
 
 
 @dataclass(frozen=True, kw_only=True)

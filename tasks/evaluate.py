@@ -59,8 +59,8 @@ def score_policy(build: Build, work: Work) -> None:
         )
         with progress(work.label, len(seeds) * protocol.max_steps, "steps at most") as advance:
             score = evaluate(config, policy, protocol, num_envs=workers, video=build.out / VIDEO, on_step=advance)
-        errors = _held_out_error(policy, whole, protocol)
-        plot(score, build.out / PLOT, action_error=errors)
+        errors = _held_out_error(policy, whole, protocol, asked["samples"])
+        plot(score, build.out / PLOT, action_error=errors.get("absolute"))
         result = {
             "score": score.to_json(),
             "action_error": errors,
@@ -73,12 +73,17 @@ def score_policy(build: Build, work: Work) -> None:
         run.log(0, {f"subgoal.{name}": rate for name, rate in score.subgoals.items()})
 
 
-def _held_out_error(policy: Any, whole: Any, protocol: Any) -> dict[str, float]:
-    """Mean absolute error per action component on the held-out episodes; empty when none is held out."""
+def _held_out_error(policy: Any, whole: Any, protocol: Any, samples: int) -> dict[str, dict[str, float]]:
+    """Mean absolute and squared error per action component on the held-out episodes; empty when none is held out."""
     from models.evaluation import action_error
 
     episodes = [dataset.read_episode(i) for dataset, i in whole.held_out()]
     if not episodes:
         return {}
-    error = action_error(policy, episodes, replan=protocol.replan, temporal_ensemble=protocol.temporal_ensemble)
-    return {c.name: round(float(e), 6) for c, e in zip(whole.schema.action, error, strict=True)}
+    error = action_error(
+        policy, episodes, replan=protocol.replan, temporal_ensemble=protocol.temporal_ensemble, samples=samples
+    )
+    return {
+        kind: {c.name: round(float(e), 6) for c, e in zip(whole.schema.action, values, strict=True)}
+        for kind, values in (("absolute", error.absolute), ("squared", error.squared))
+    }

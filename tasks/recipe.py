@@ -52,6 +52,7 @@ class Evaluate:
     ensemble: float | None = None  # average overlapping chunks instead, with this m (ACT's temporal ensembling: 0.01)
     self_test: int = 4  # expert episodes recorded and replayed before any score counts
     expert_rate: float = 0.75  # success that the expert must reach in them
+    samples: int = 4  # answers per held-out decision, over which the action error is averaged
     best_of: int = 1  # chunks proposed per decision, of which the critic's favourite is executed; 1 = no critic
 
 
@@ -103,8 +104,8 @@ class Recipe:
         plan, score = self.collect, self.evaluate
         if self.improve and self.represent:
             raise BadInput("represent keeps a policy from pictures, improve trains it on them; choose one")
-        if min(plan.batch, plan.nights, score.episodes, self.workers) < 1:
-            raise BadInput("collect.batch, collect.nights, evaluate.episodes and workers must each be at least 1")
+        if min(plan.batch, plan.nights, score.episodes, score.samples, self.workers) < 1:
+            raise BadInput("collect.batch and .nights, evaluate.episodes and .samples, and workers must be at least 1")
         if not plan.noise or min(plan.noise) < 0:
             raise BadInput(f"collect.noise {list(plan.noise)} must be one or more numbers of at least 0")
         if plan.episodes < (0 if self.dataset.sources else 1):

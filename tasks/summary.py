@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data.refs import Ref
+from data.store import Store
 from tasks.compare import read_comparison
 from tasks.critic import CALIBRATION, FILM, read_critic
 from tasks.dataset import read_set
@@ -34,7 +35,7 @@ def summarize(
         summary |= _of_batches(batches)
     if dataset:
         summary |= _of_dataset(dataset)
-    if encoder:
+    if encoder := encoder or _encoder_under(checkpoint):
         summary |= {"encoder": encoder.path, "encoder_digest": encoder.digest, "probes": read_probes(encoder)}
         summary |= {"pictures": [str(encoder.dir / CURVE)]}
     if checkpoint:
@@ -50,6 +51,15 @@ def summarize(
     if score:
         _show_in_prefect(summary, score)
     return summary
+
+
+def _encoder_under(checkpoint: Ref | None) -> Ref | None:
+    """What a policy acts by, where that was learnt before it."""
+    if checkpoint is None:
+        return None
+    store = Store()
+    keys = [parent["key"] for parent in store.manifest(checkpoint)["parents"] if parent["stage"] == "jepa"]
+    return store.find("jepa", keys[0])[0] if keys else None
 
 
 def of_improvement(*, parent: Ref, critic: Ref, improved: Ref, continued: Ref, control: Ref, comparison: Ref) -> dict:
@@ -99,9 +109,11 @@ def _of_dataset(dataset: Ref) -> dict[str, Any]:
 
 
 def _of_score(score: Ref) -> dict[str, Any]:
-    result = read_score(score)["score"]
+    found = read_score(score)
+    result = found["score"]
     return {
         "success": result["success_rate"],
+        "action_error": found["action_error"],
         **{name: result[name] for name in ("interval", "episodes", "seeds", "subgoals", "protocol")},
         "score": score.path,
         "score_digest": score.digest,

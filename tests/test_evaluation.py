@@ -137,9 +137,34 @@ def test_action_error_is_that_of_what_would_be_executed(how: dict) -> None:
     actions = np.random.default_rng(0).integers(-4, 4, (10, 8)).astype(np.float32) / 4
     held_out = replace(episode(0, True, 10), action=actions)
     error = action_error(Knowing(actions), [held_out], **how)
-    np.testing.assert_allclose(error, [0, 0, 0.25, 0, 0, 0, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(error.absolute, [0, 0, 0.25, 0, 0, 0, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(error.squared, [0, 0, 0.0625, 0, 0, 0, 0, 0], atol=1e-7)
     with pytest.raises(EvaluationError, match="no held-out episodes"):
         action_error(Knowing(actions), [])
+
+
+class Drawing(Knowing):
+    """Off by what it draws, a function of the seed."""
+
+    def __init__(self, actions: np.ndarray) -> None:
+        super().__init__(actions)
+        self.drawn: dict[int, float] = {}
+
+    def act(self, observation, tasks, seeds, steps) -> np.ndarray:
+        off = self.drawn.setdefault(seeds[0], np.random.default_rng(seeds[0]).normal())
+        return super().act(observation, tasks, seeds, steps) + np.float32(off)
+
+
+def test_action_error_of_a_policy_that_draws_is_the_mean_over_its_samples() -> None:
+    held_out = episode(7, True, 10)
+    policy = Drawing(held_out.action)
+    error = action_error(policy, [held_out], samples=5)
+    drawn = np.array(list(policy.drawn.values()))
+    assert len(drawn) == 5 and next(iter(policy.drawn)) == held_out.seed
+    assert error.absolute[0] == pytest.approx(np.abs(drawn).mean(), abs=1e-6)
+    assert error.squared[0] == pytest.approx((drawn**2).mean(), abs=1e-6)
+    again = action_error(Drawing(held_out.action), [held_out], samples=5)
+    assert np.array_equal(again.squared, error.squared)
 
 
 def test_self_test_and_evaluation_of_the_real_simulator(tmp_path: Path) -> None:

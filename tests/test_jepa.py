@@ -146,6 +146,16 @@ def test_what_comes_later_is_never_an_input():
     assert (first != second).all()
 
 
+def test_both_moments_are_shifted_alike():
+    """A new predictor foretells no change, and a new target is the encoder: what does not change is then no error."""
+    phase = Jepa(encoder(shift=4), JEPA).train()
+    still = transition()
+    _, info = phase(replace(still, next=still.observation), generator("l"))
+    assert info["jepa_mse"] == 0
+    drawn = [phase.policy.prepare(still.observation, generator(name)).images["head"] for name in ("l", "other")]
+    assert not torch.equal(*drawn)
+
+
 def test_one_sample_and_no_schedule_are_refused():
     with pytest.raises(BadInput, match=r"fit\.batch_size 2 or more"):
         jepa()(transition(size=1), generator("l"))

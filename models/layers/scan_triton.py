@@ -125,6 +125,11 @@ def backward_kernel(x_, delta_, A_, B_, C_, D_, gate_, kept_, scratch_, dy_,
     tl.store(dD_ + b * d + channels, dD, mask=real)
 
 
+# as callables with a grid, which Triton's types do not know
+_forward: Any = forward_kernel
+_backward: Any = backward_kernel
+
+
 def triton_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor) -> Tensor:
     """`models.layers.scan.selective_scan` on CUDA."""
     return _Scan.apply(x, delta, A, B, C, D, gate)
@@ -137,7 +142,7 @@ class _Scan(torch.autograd.Function):
         (b, length, d), n = x.shape, A.shape[1]
         y = torch.empty_like(given[0])
         kept = x.new_empty(b, -(-length // BLOCK), d, n, dtype=torch.float32)
-        forward_kernel[_grid(b, d)](*given, y, kept, length, d, n, **_sizes(n))
+        _forward[_grid(b, d)](*given, y, kept, length, d, n, **_sizes(n))
         ctx.save_for_backward(*given, kept)
         ctx.types = A.dtype, D.dtype
         return y
@@ -153,14 +158,14 @@ class _Scan(torch.autograd.Function):
         dA, dD, scratch = kept.new_empty(b, d, n), kept.new_empty(b, d), kept.new_empty(b, BLOCK, d, n)
         dB, dC = kept.new_empty(2, b, parts, length, n)
         outputs = (dx, ddelta, dA, dB, dC, dD, dgate)
-        backward_kernel[(b_, parts)](*given, kept, scratch, dy.contiguous(), *outputs, length, d, n, **_sizes(n))
+        _backward[(b_, parts)](*given, kept, scratch, dy.contiguous(), *outputs, length, d, n, **_sizes(n))
         of_A, of_D = ctx.types
         return (dx, ddelta, dA.sum(0).to(of_A), dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype), dD.sum(0).to(of_D), dgate)
 
 
 def _grid(b: int, d: int) -> tuple[int, int]:
-    return b, triton.cdiv(d, WIDE)
+    return b, -(-d // WIDE)
 
 
-def _sizes(n: int) -> dict[str, int]:
+def _sizes(n: int) -> dict[str, Any]:
     return {"N": triton.next_power_of_2(n), "WIDE": WIDE, "BLOCK": BLOCK}

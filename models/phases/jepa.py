@@ -104,7 +104,9 @@ class Jepa(Phase):
     def forward(self, batch: Transition, generator: torch.Generator) -> tuple[Float[Tensor, " b"], Info]:
         encoder = self.policy
         chunk = encoder.normalised(batch.action, encoder.mask(batch.action_is_pad))
+        drawn = generator.get_state()
         z = encoder.backbone(encoder.prepare(batch.observation, generator)).pooled
+        generator.set_state(drawn)  # both moments are shifted and coloured alike, or z would have to be blind to it
         with torch.no_grad():
             following = self.target.backbone(encoder.prepare(batch.next, generator)).pooled
         foretold = self.predictor(z, chunk)

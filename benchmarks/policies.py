@@ -1,6 +1,6 @@
 """Each policy beside LeRobot's own of the same weights: a training forward, forward and backward, a chunk.
 
-    python benchmarks/models.py [--models act diffusion pi0 pi05] [--batch 8] [--rounds 7] [--json]
+    python benchmarks/policies.py [--models act diffusion pi0 pi05] [--batch 8] [--rounds 7] [--json]
 
 LeRobot's policy is made at a middling size with random weights, saved its own way and read back by
 `models.published`, so both hold the same numbers. Theirs is given pictures that are scaled already, ours as recorded.
@@ -285,7 +285,8 @@ def main() -> None:
                   for name in results for job in ("forward", "backward", "chunk")}  # fmt: skip
         sizes = {"batch": args.batch, "rounds": args.rounds, "device": device.type, "published_sizes": large}
         libraries = {name: version(name) for name in ("torch", "lerobot", "transformers", "diffusers")}
-        print(json.dumps({"benchmark": "models", **ratios, "results": results, "sizes": sizes, "versions": libraries}))
+        said = {"results": results, "sizes": sizes, "versions": libraries}
+        print(json.dumps({"benchmark": "policies", **ratios, **said}))
 
 
 if __name__ == "__main__":
