@@ -20,9 +20,9 @@ from tasks.train import train_checkpoint
 Digests = dict[str, list[str]]
 
 
-def run_line(overrides: list[str], current: Session) -> list[Outcome]:
-    """The debug recipe from rollouts to score."""
-    night = load("debug", overrides)
+def run_line(recipe: str, overrides: list[str], current: Session) -> list[Outcome]:
+    """A recipe from rollouts to score."""
+    night = load(recipe, overrides)
     with session(current):
         batches = collect_batches(night)
         frames, chunks = frame_stores(night, batches), chunk_tables(night, batches)
@@ -48,14 +48,14 @@ FORKSERVER.set_forkserver_preload(
 
 
 def in_child(
-    root: Path, *, overrides: list[str] | None = None, kill_after: float | None = None
+    root: Path, *, recipe: str = "debug", overrides: list[str] | None = None, kill_after: float | None = None
 ) -> list[Outcome] | None:
     """Run the line in a process of its own. `kill_after`: SIGKILL it so many seconds into the first unit that runs.
 
     Returns the outcomes, or None if it was killed.
     """
     here, there = FORKSERVER.Pipe(duplex=False)
-    child = FORKSERVER.Process(target=_child, args=(there, root, overrides or [], kill_after))
+    child = FORKSERVER.Process(target=_child, args=(there, root, recipe, overrides or [], kill_after))
     child.start()
     there.close()
     try:
@@ -69,13 +69,13 @@ def in_child(
     return outcomes
 
 
-def _child(answer: Connection, root: Path, overrides: list[str], kill_after: float | None) -> None:
+def _child(answer: Connection, root: Path, recipe: str, overrides: list[str], kill_after: float | None) -> None:
     os.environ["FLYWHEEL_ROOT"] = str(root)
     current = Session()
     if kill_after is not None:
         kill = (os.getpid(), signal.SIGKILL)
         current.on_start = lambda *_: threading.Timer(kill_after, os.kill, kill).start()
-    outcomes = run_line(overrides, current)
+    outcomes = run_line(recipe, overrides, current)
     answer.send(outcomes)
     os._exit(0)  # a timer that is still waiting must not keep the process
 

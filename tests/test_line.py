@@ -40,17 +40,19 @@ def ran(outcomes: list) -> list[str]:
     return [o.stage for o in outcomes if not o.cached]
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_digests(reference, new):
+@pytest.mark.parametrize("recipe", ["debug", "statevla-debug"])
+def test_killed_anywhere_it_goes_on_to_the_same_digests(recipe, reference, new):
     root = new("killed")
-    longest = max(o.seconds for o in reference[1])
+    undisturbed = reference[1] if recipe == "debug" else in_child(new("undisturbed"), recipe=recipe)
+    longest = max(o.seconds for o in undisturbed)
     killed = 0
     for delay in delays(60, longest, seed=0):
-        killed += in_child(root, kill_after=delay) is None
+        killed += in_child(root, recipe=recipe, kill_after=delay) is None
         if killed == KILLS:
             break
     assert killed >= 10, f"only {killed} kills came before the line was through"
-    final = in_child(root)
-    assert final and digests(final) == digests(reference[1])
+    final = in_child(root, recipe=recipe)
+    assert final and digests(final) == digests(undisturbed)
     assert not list((root / "store").rglob(".staging-*")), "half-made artefacts are left"
 
 
