@@ -1,6 +1,6 @@
-"""Each policy beside LeRobot's own of the same weights: a training forward, forward and backward, a chunk.
+"""Each policy beside LeRobot's of the same weights (of GR00T, the action head): forward, with backward, a chunk.
 
-    python benchmarks/policies.py [--models act diffusion pi0 pi05] [--batch 8] [--rounds 7] [--json]
+    python benchmarks/policies.py [--models act diffusion pi0 pi05 gr00t] [--batch 8] [--rounds 7] [--json]
 
 LeRobot's policy is made at a middling size with random weights, saved its own way and read back by
 `models.published`, so both hold the same numbers. Theirs is given pictures that are scaled already, ours as recorded.
@@ -19,11 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,12 +33,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import tiny_paligemma  # pyright: ignore[reportMissingImports] (it lies with the tests)
 import tiny_pi0  # pyright: ignore[reportMissingImports] (it lies with the tests)
 
 from data.schema import ACTION, IMAGE, STATE, Component, Schema
 from models.devices import best_device, threads
+from models.heads import flow_matching_1_5
+from models.layers import flow_dit
 from models.published.loading import load_published
-from models.types import ACTION_IS_PAD, Batch, Observation
+from models.types import ACTION_IS_PAD, Batch, Context, Observation, Sizes
 
 TASK = "pick up the red cube"
 CAMERAS, STATES, ACTIONS = ("head", "wrist"), 8, 7
@@ -124,17 +128,19 @@ def both(kind: str, image: int, made: Any, folder: Path, b: int, horizon: int, d
         kept = raw.pop(ACTION_IS_PAD)
         raw = dict(before(raw)) | {ACTION_IS_PAD: kept}
     raw = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in raw.items()}
-    one = {name: v[:1] for name, v in raw.items() if name not in (ACTION, ACTION_IS_PAD)}
+    seen = {name: v for name, v in raw.items() if name not in (ACTION, ACTION_IS_PAD)}
+    one = {name: v[:1] if isinstance(v, torch.Tensor | list) else v for name, v in seen.items()}
     if kind == "diffusion":
         raw = {n: v[:, None] if n.startswith("observation.") else v for n, v in raw.items()}
         one[STATE] = one[STATE][:, None]
     noise = torch.randn(1, *ours.noise_shape, generator=torch.Generator().manual_seed(2)).to(device)
     generator = torch.Generator(device).manual_seed(3)
     given = {} if kind == "act" else {"noise": noise}
+    executed = made.config.n_action_steps  # theirs answers with no more
     return {
         "ours": Side(
             loss=lambda: ours.loss(batch, generator)[0].mean(),
-            chunk=lambda: ours.answer(batch.observation.rows(slice(0, 1)), noise)[..., :ACTIONS],
+            chunk=lambda: ours.answer(batch.observation.rows(slice(0, 1)), noise[:, None])[:, 0, :executed, :ACTIONS],
             module=ours,
         ),
         "lerobot": Side(
@@ -166,7 +172,7 @@ def _pi(kind: str, folder: Path, b: int, device: torch.device, large: bool) -> d
     middling = tiny_pi0.Size(width=256, expert=128, depth=4, head=32, mlp=4, vision=128, vision_depth=4, vision_mlp=512,
                              image=112)  # fmt: skip
     size = published if large else middling
-    with tiny_pi0.tiny(size):
+    with tiny_pi0.tiny(size), tiny_paligemma.published_sizes(size):
         made = tiny_pi0.policy(kind, schema(size.image), horizon=50, size=size)
         tiny_pi0.write(folder, kind, schema(size.image), horizon=50, size=size)
         return both(kind, size.image, made, folder, b, 50, device)
@@ -180,13 +186,92 @@ def pi05(folder: Path, b: int, device: torch.device, large: bool) -> dict[str, S
     return _pi("pi05", folder, b, device, large)
 
 
-MODELS = {"act": act, "diffusion": diffusion, "pi0": pi0, "pi05": pi05}
+def gr00t(folder: Path, b: int, device: torch.device, large: bool) -> dict[str, Side]:
+    """N1.5's action head alone, on tokens as a backbone would give them: LeRobot's of N1.7, set to N1.5."""
+    from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
+    from transformers.feature_extraction_utils import BatchFeature
+
+    preset, width, count = ("published", 2048, 256) if large else ("small", 256, 64)
+    horizon, size, seen = 16, flow_dit.PRESETS[preset], flow_matching_1_5.PRESETS[preset]
+    attention = {"positional_embeddings": None, "dropout": size.dropout, "final_dropout": True}
+    torch.manual_seed(0)
+    theirs: Any = GR00TN17ActionHead(
+        GR00TN17Config(
+            max_state_dim=STATES,
+            max_action_dim=ACTIONS,
+            action_horizon=horizon,
+            hidden_size=size.hidden,
+            input_embedding_dim=size.heads * size.head,
+            backbone_embedding_dim=width,
+            max_seq_len=size.positions,
+            max_num_embodiments=size.robots,
+            num_inference_timesteps=4,
+            state_dropout_prob=0.0,
+            use_alternate_vl_dit=False,
+            use_vlln=True,
+            diffusion_model_cfg={
+                "num_layers": size.layers,
+                "num_attention_heads": size.heads,
+                "attention_head_dim": size.head,
+                "output_dim": size.hidden,
+                "norm_type": "ada_norm",
+                "interleave_self_attention": True,
+                **attention,
+            },
+            vl_self_attention_cfg={
+                "num_layers": seen.layers,
+                "num_attention_heads": seen.heads,
+                "attention_head_dim": width // seen.heads,
+                **attention,
+            },
+        )
+    ).to(device)
+    with patch.dict(flow_matching_1_5.PRESETS, {preset: replace(seen, extra=0)}):  # N1.7 has none
+        ours = flow_matching_1_5.FlowMatching15Head(
+            flow_matching_1_5.FlowMatching15Config(preset=preset, expand_batch=1),
+            Sizes(context=width, state=STATES, horizon=horizon, action=ACTIONS),
+        ).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    draw = torch.Generator().manual_seed(1)
+    tokens, state = torch.randn(b, count, width, generator=draw), torch.randn(b, STATES, generator=draw)
+    tokens, state = tokens.to(device), state.to(device)
+    action = torch.rand(b, horizon, ACTIONS, generator=draw).to(device)
+    mask = torch.ones_like(action, dtype=torch.bool)
+
+    def asked(n: int, **more: torch.Tensor) -> tuple[Any, Any]:
+        real = torch.ones(n, count, dtype=torch.bool, device=device)
+        ids = torch.zeros(n, dtype=torch.long, device=device)
+        read = {"backbone_features": tokens[:n], "backbone_attention_mask": real, "image_mask": ~real}
+        return BatchFeature(data=read), BatchFeature(data={"state": state[:n, None], "embodiment_id": ids, **more})
+
+    def their_chunk() -> torch.Tensor:
+        torch.manual_seed(8)  # it draws its own noise
+        return theirs.get_action(*asked(1))["action_pred"]
+
+    context, generator = Context(tokens=tokens, state=state), torch.Generator(device)
+    one = Context(tokens=tokens[:1], state=state[:1])
+
+    def our_chunk() -> torch.Tensor:
+        noise = torch.randn(1, horizon, ACTIONS, generator=generator.manual_seed(8), device=device)
+        return ours.sample(one, noise)
+
+    return {
+        "ours": Side(loss=lambda: ours.loss(context, action, mask, generator)[0].mean(), chunk=our_chunk, module=ours),
+        "lerobot": Side(
+            loss=lambda: theirs(*asked(b, action=action, action_mask=mask))["loss"], chunk=their_chunk, module=theirs
+        ),
+    }
+
+
+MODELS = {"act": act, "diffusion": diffusion, "pi0": pi0, "pi05": pi05, "gr00t": gr00t}
 
 
 def equal(sides: dict[str, Side]) -> float:
     """Stop unless both answer with the same chunk; the largest difference."""
     with torch.no_grad():
         ours, theirs = (side.module.eval() and side.chunk().float() for side in sides.values())
+    if not ours.numel() or ours.shape != theirs.shape:
+        raise SystemExit(f"chunks are {tuple(ours.shape)} and {tuple(theirs.shape)}; nothing was timed")
     error = float((ours - theirs).abs().max())
     if not error < TOLERANCE:
         raise SystemExit(f"chunks differ by {error:.1e}; nothing was timed")
