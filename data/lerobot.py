@@ -7,7 +7,7 @@ anything trains on it.
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from PIL import Image
 
 from data import lerobot_v3, lerobot_v21
 from data.episode import Episode
-from data.lerobot_format import FLYWHEEL, INFO, ROLLOUTS, Meta, canonical, load_info
+from data.lerobot_format import FLYWHEEL, INFO, ROLLOUTS, Meta, load_info
 from data.lerobot_rows import read_rows
 from data.lerobot_writer import write_episodes
 from data.schema import ACTION, REWARD, STATE, SUBGOAL, SUCCESS, TERMINATED, TRUNCATED, Component, Schema
@@ -152,8 +152,7 @@ def open_dataset(path: Path) -> Dataset:
 
 def _stored_schema(meta: Meta) -> Schema:
     """What `info.json` alone says: names and shapes, but neither units nor the control mode."""
-    features, info = meta.info.features, meta.info
-    vectors = {canonical(k, visual=False): f for k, f in features.items() if not f.visual}
+    features, info, vectors = meta.info.features, meta.info, meta.vectors
     sizes = {camera: features[key].height_width for camera, key in meta.cameras.items()}
     if len(set(sizes.values())) > 1:
         what = f"cameras differ in size: {', '.join(f'{c} {h}x{w}' for c, (h, w) in sizes.items())}"
@@ -163,10 +162,13 @@ def _stored_schema(meta: Meta) -> Schema:
         feature = vectors.get(name)
         return tuple(Component(name=n, unit="?") for n in feature.component_names) if feature else ()
 
+    def in_parts() -> tuple[Component, ...]:
+        return tuple(replace(c, name=f"{part}.{c.name}") for part in meta.state_parts for c in components(part))
+
     return Schema(
         cameras=tuple(meta.cameras),
         image_size=next(iter(sizes.values()), (0, 0)),
-        state=components(STATE),
+        state=components(STATE) or in_parts(),
         action=components(ACTION),
         fps=info.fps,
         control_mode="?",

@@ -26,14 +26,16 @@ ALIASES = {
     "success": SUCCESS,
     "subgoal": SUBGOAL + "reached",
 }
+STATE_PARTS = ("joint_states", "gripper_states")  # of a state that is recorded in parts, as LIBERO's; in this order
 
 
 def canonical(key: str, *, visual: bool) -> str:
     """Our name of a stored feature: `observation/image` -> `observation.images.image`, `actions` -> `action`."""
     name = key.replace("/", ".")
+    short = name.removeprefix(IMAGE).removeprefix("observation.").removeprefix("obs.")
     if visual:
-        return IMAGE + name.removeprefix(IMAGE).removeprefix("observation.")
-    return ALIASES.get(name, name)
+        return IMAGE + short
+    return short if short in STATE_PARTS else ALIASES.get(name, name)
 
 
 # ---------------------------------------------------------------- meta/info.json
@@ -128,7 +130,7 @@ def _check_features(root: Path, info: Info) -> None:
             raise fault(root, INFO, f"{key}: shape is {feature.shape}", "declare [1]")
     if ACTION not in names:
         raise fault(root, INFO, "declares no feature 'action'", "record the executed actions")
-    for name in (ACTION, STATE):
+    for name in (ACTION, STATE, *STATE_PARTS):
         if (feature := info.features.get(names.get(name, ""))) and len(feature.shape) != 1:
             raise fault(root, INFO, f"{name}: shape {feature.shape} is no vector", "flatten it")
 
@@ -152,6 +154,17 @@ class Meta:
     def cameras(self) -> dict[str, str]:
         """Camera name -> stored feature key."""
         return {canonical(k, visual=True).removeprefix(IMAGE): k for k, f in self.info.features.items() if f.visual}
+
+    @property
+    def vectors(self) -> dict[str, Feature]:
+        """Our name of everything that is no picture -> how it is stored."""
+        return {canonical(k, visual=False): f for k, f in self.info.features.items() if not f.visual}
+
+    @property
+    def state_parts(self) -> tuple[str, ...]:
+        """The columns that make up the state, if no single one is the state."""
+        whole = STATE in self.vectors or not set(STATE_PARTS) <= self.vectors.keys()
+        return () if whole else STATE_PARTS
 
 
 def first(mask: ArrayLike) -> int | None:

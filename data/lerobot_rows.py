@@ -23,6 +23,9 @@ def read_rows(meta: Meta) -> pl.DataFrame:
         table = read_table(meta.root, file, rows=length, columns=list(keys))
         parts.append(pl.DataFrame([_column(meta.root, file, table[k], k, f) for k, f in keys.items()]))
     steps = pl.concat(parts)
+    if meta.state_parts:
+        state = np.concatenate([steps[part].to_numpy() for part in meta.state_parts], axis=1)
+        steps = steps.with_columns(pl.Series(STATE, state.astype(np.float32, copy=False)))
     known = steps["task_index"].is_in(list(meta.tasks))
     if (wrong := first(~known)) is not None:
         what = f"task_index: row {wrong} (episode {steps['episode_index'][wrong]}) is {steps['task_index'][wrong]}"

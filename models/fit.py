@@ -63,7 +63,8 @@ def fit(
     grad_norm, samples_per_s, and the head's), `on_progress(done, total)` too. `provenance` are digests (dataset, parent
     checkpoint, code) that are written into the checkpoint and must be the same when the run is resumed.
 
-    Raises `BadInput` when `workdir` holds another run, or one and not `resume`; `Diverged` on NaN or infinity.
+    Raises `BadInput` when `workdir` holds another run, or one and not `resume`, and where memory does not suffice;
+    `Diverged` on NaN or infinity.
     """
     kind = PHASES.resolve(phase_name)
     options = configure(kind, phase_options or {}, whose=f"phase {phase_name}")
@@ -126,7 +127,7 @@ class _Run:
             batches = make_batches(start) if start < self.config.steps else iter(())
             train_mode(self.phase)
             for step in range(start, self.config.steps):
-                metrics = self._step(step, batches)
+                metrics = self._within_memory(step, batches)
                 if step + 1 == self.config.steps or (step + 1) % self.config.save_every == 0:
                     self._save(step + 1)
                 on_metrics(step + 1, metrics)
@@ -144,6 +145,18 @@ class _Run:
         if self.accelerator.is_main_process and self.checkpoints.exists():
             checkpoint.prune(self.checkpoints, KEPT)
         return step
+
+    def _within_memory(self, step: int, batches: Iterator[Any]) -> Metrics:
+        try:
+            return self._step(step, batches)
+        except RuntimeError as fault:
+            if not (isinstance(fault, torch.OutOfMemoryError) or "can't allocate memory" in str(fault)):
+                raise
+            size = self.config.batch_size
+            raise BadInput(
+                f"step {step}: {self.device.type} is out of memory with fit.batch_size {size}; memory goes with it, "
+                f"try {max(1, size // 2)}, or more fit.processes on as many GPUs. The last checkpoint is intact"
+            ) from None
 
     def _step(self, step: int, batches: Iterator[Any]) -> Metrics:
         began = time.perf_counter()

@@ -308,6 +308,22 @@ def test_nan_stops_within_the_step_and_keeps_the_last_checkpoint(where, tmp_path
     assert hashes(whole) == hashes(run(tmp_path / "undisturbed")[0])
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(fault, tmp_path):
+    """What the allocators raise, word for word: neither can be made to here without harming the machine."""
+    policy = build()
+    policy.head.queries.register_hook(lambda grad: (_ for _ in ()).throw(fault))
+    with pytest.raises(BadInput, match=r"step 0: cpu is out of memory with fit.batch_size \d+; .* try \d+") as said:
+        run(tmp_path, policy)
+    assert len(str(said.value)) < 200 and "\n" not in str(said.value)
+
+
 def test_infinite_gradient_stops(tmp_path):
     policy = build()
     policy.head.queries.register_hook(lambda grad: grad * float("inf"))

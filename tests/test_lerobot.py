@@ -254,3 +254,38 @@ def test_we_read_what_lerobot_writes(tmp_path: Path, lerobot_dataset: type) -> N
         right = np.stack([(ramp + 3 * v).clip(0, 255) for v in range(start, start + length)])
         assert np.array_equal(ours.decode("still", episode), right)
         assert psnr(ours.decode("cam", episode), right) > 25  # AV1, 4:2:0
+
+
+def test_a_state_in_parts_is_put_together(tmp_path: Path, lerobot_dataset: type) -> None:
+    """LIBERO-Object's fields, as StateVLA reads them."""
+    picture = {"dtype": "image", "shape": (16, 16, 3), "names": ["height", "width", "channels"]}
+    features = {
+        "observation.images.agentview_rgb": picture,
+        "observation.images.eye_in_hand_rgb": picture,
+        "gripper_states": {"dtype": "float32", "shape": (2,), "names": ["left", "right"]},
+        "observation.joint_states": {"dtype": "float32", "shape": (7,), "names": None},
+        "action": {"dtype": "float32", "shape": (7,), "names": None},
+    }
+    theirs = lerobot_dataset.create("local/libero", fps=20, features=features, root=tmp_path / "libero")
+    for t in range(5):
+        theirs.add_frame(
+            {
+                "observation.images.agentview_rgb": np.full((16, 16, 3), t, np.uint8),
+                "observation.images.eye_in_hand_rgb": np.full((16, 16, 3), 9 - t, np.uint8),
+                "gripper_states": np.float32([0.04 - t, t]),
+                "observation.joint_states": np.arange(7, dtype=np.float32) + t,
+                "action": np.zeros(7, np.float32),
+                "task": "pick up the butter",
+            }
+        )
+    theirs.save_episode()
+    theirs.finalize()
+    check_dataset(tmp_path / "libero")
+    ours = open_dataset(tmp_path / "libero")
+    assert ours.schema.cameras == ("agentview_rgb", "eye_in_hand_rgb")
+    names = [*(f"joint_states.{i}" for i in range(7)), "gripper_states.left", "gripper_states.right"]
+    assert [c.name for c in ours.schema.state] == names
+    np.testing.assert_array_equal(ours.steps[STATE].to_numpy()[3], np.float32([3, 4, 5, 6, 7, 8, 9, 0.04 - 3, 3]))
+    other = replace(ours.schema, state=ours.schema.state[:8])
+    with pytest.raises(BadInput, match=r"dataset Y: state is \[joint_states.0"):
+        other.refuse_unless_fits(ours.schema, mine="checkpoint X", others="dataset Y")
