@@ -54,7 +54,7 @@ def run(*, deep: bool = False, as_json: bool = False) -> int:
 def examine(*, deep: bool = False) -> Iterator[Finding]:
     """Every finding, as it is made."""
     checks: list[Callable[[], Finding]] = [
-        _python, _packages, _gpu, _vulkan, _libero, _memory, _disk, _store, _prefect, _mlflow, _spool,
+        _python, _packages, _gpu, _compiler, _vulkan, _libero, _memory, _disk, _store, _prefect, _mlflow, _spool,
     ]  # fmt: skip
     for check in checks:
         yield check()
@@ -103,6 +103,19 @@ def _gpu() -> Finding:
         required=False,
         found="; ".join(names.splitlines()) or "no NVIDIA GPU; everything runs on the CPU",
         mend="with one in this machine: install NVIDIA's driver (`nvidia-smi` must list it)",
+    )
+
+
+def _compiler() -> Finding:
+    found = shutil.which(os.environ.get("CC", "cc"))
+    return Finding(
+        name="C",
+        ok=found is not None,
+        required=False,
+        found=f"{found} compiles Mamba's scan for the CPU"
+        if found
+        else "no C compiler; Mamba's scan is eight times slower",
+        mend="sudo apt-get install gcc",
     )
 
 

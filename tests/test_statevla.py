@@ -17,6 +17,7 @@ from models.config import PolicyConfig
 from models.flow import CONVENTIONS
 from models.freeze import train_mode
 from models.heads.statevla import StateVLAHead, StateVLAHeadConfig, steady_signs
+from models.layers.embedding import grid_positions
 from models.policy import Policy
 from models.types import Batch, Context, Observation, Sizes
 
@@ -247,6 +248,15 @@ def test_siglip_refuses_other_weights(siglip, tmp_path):
 def test_refused_options_of_the_encoder(options, message):
     with pytest.raises(BadInput, match=message):
         StateVLAConfig(**TINY | options)
+
+
+def test_places_begin_apart():
+    """As strong as a patch, or its place is lost in it; learnt from there on."""
+    camera = make().pictures[0]
+    rows = PX // 8
+    assert torch.equal(camera.places, grid_positions(rows, rows, 32)) and camera.places.requires_grad
+    apart = torch.cdist(camera.places, camera.places) + 9 * torch.eye(rows * rows)
+    assert apart.min() > 1
 
 
 def test_pictures_that_do_not_divide_into_patches_are_refused():
