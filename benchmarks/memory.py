@@ -11,61 +11,35 @@ phase 1.
 import argparse
 import json
 import multiprocessing as mp
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 DOCUMENT_GB = {32: 10, 64: 16, 128: 24, 256: 40}
-HORIZON, IMAGE = 10, 128
-CAMERAS = ("agentview", "eye_in_hand")
 
 
-def phase(number: int, preset: str) -> Any:
-    """Untrained, of LIBERO's sizes, and a function that makes its batch."""
+def phase(number: int, preset: str, size: int) -> tuple[Any, Any]:
+    """The untrained phase, of LIBERO's sizes, and a batch of it."""
     import numpy as np
+    from frozen_encoder import acting_by, source, untrained
 
-    from data.normalize import fit
-    from data.schema import Component, Schema
-    from models.config import JepaConfig, PolicyConfig, ReaderConfig
-    from models.encoder import Encoder, EncoderSpec, policy_on
-    from models.phases.flow_matching import FlowMatching
+    from models.config import JepaConfig
+    from models.phases.flow_matching import FlowMatching, Z
     from models.phases.jepa import Jepa
     from models.types import NoOptions
 
-    schema = Schema(
-        cameras=CAMERAS,
-        image_size=(IMAGE, IMAGE),
-        state=tuple(Component(name=f"joint_{i}.pos", unit="rad") for i in range(9)),
-        action=tuple(Component(name=name, unit="1") for name in ("x", "y", "z", "rx", "ry", "rz", "gripper")),
-        fps=20,
-        control_mode="delta_ee_pose",
-    )
-    rows = np.random.default_rng(0).uniform(-1, 1, (100, 9)).astype(np.float32)
-    action = rows[:, :7].copy()
-    action[:, 6] = np.sign(action[:, 6])
-    reads = ReaderConfig(
-        backbone="statevla", backbone_options={"preset": preset}, normalization="mean_std_signs", shift=0
-    )
-    spec = EncoderSpec(config=reads, schema=schema, horizon=1)
-    encoder = Encoder.build(spec, {"state": fit(rows), "action": fit(action)})
+    whole = source(size)
+    encoder, rows = untrained(preset, whole), np.arange(size)
     if number == 1:
-        return Jepa(encoder, JepaConfig(total_steps=1))
-    head = PolicyConfig(head="statevla", head_options={"preset": preset, "gripper": -1})
-    return FlowMatching(policy_on(encoder, head, horizon=HORIZON), NoOptions())
-
-
-def batch(number: int, module: Any, size: int) -> Any:
-    import torch
-
-    from data.loader import fake_batch
-    from data.schema import ACTION
-
-    schema = module.policy.spec.schema
-    columns = fake_batch(schema, batch_size=size, horizon=1 if number == 1 else HORIZON, with_next=number == 1)
-    columns[ACTION][..., 6] = 1.0
-    if number == 2:
-        columns["z"] = torch.zeros(size, module.policy.backbone.width).numpy()
-    return module.reads.of(columns)
+        single = replace(whole, horizon=1, next=whole.start + 1, h=np.ones_like(whole.h))
+        module: Any = Jepa(encoder, JepaConfig(total_steps=1))
+        columns = single.gather(rows, single.buffers(size, with_next=True))
+    else:
+        blind = replace(whole.without_pictures(), beside={Z: np.zeros((size, encoder.backbone.width), np.float32)})
+        module = FlowMatching(acting_by(encoder, preset), NoOptions())
+        columns = blind.gather(rows, blind.buffers(size))
+    return module, module.reads.of(columns)
 
 
 def measure(number: int, preset: str, size: int, pipe: Any) -> None:
@@ -74,10 +48,11 @@ def measure(number: int, preset: str, size: int, pipe: Any) -> None:
     from models.devices import best_device, uses_bf16
 
     device = best_device()
-    module = phase(number, preset).to(device).train()
-    step_of(module, batch(number, module, 2).to(device), device, uses_bf16("auto", device))
-    seen, before = batch(number, module, size).to(device), peak_mb(device)
-    step_of(module, seen, device, uses_bf16("auto", device))
+    module, seen = phase(number, preset, size)
+    module, seen, bf16 = module.to(device).train(), seen.to(device), uses_bf16("auto", device)
+    step_of(module, seen.rows(slice(0, 2)), device, bf16)  # first-call costs
+    before = peak_mb(device)
+    step_of(module, seen, device, bf16)
     pipe.send(peak_mb(device) - (0 if device.type == "cuda" else before))
     pipe.send(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
 

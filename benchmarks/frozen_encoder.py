@@ -1,6 +1,6 @@
 """StateVLA's phase 2 by encodings that were made once, beside the same training with the frozen encoder in the loop.
 
-    python benchmarks/encodings.py [--preset published] [--samples 64] [--batch 64] [--rounds 5] [--json]
+    python benchmarks/frozen_encoder.py [--preset published] [--samples 64] [--batch 64] [--rounds 5] [--json]
 
 A step gathers a batch from the frame store and takes its loss, its gradients and the optimizer's step. `in_loop` clones
 with the backbone frozen, which reads two pictures per sample; `ours` reads z and no picture. Their losses must be equal
@@ -34,6 +34,7 @@ from data.schema import Component, Schema
 from models.config import PolicyConfig, ReaderConfig
 from models.devices import threads
 from models.encoder import Encoder, EncoderSpec, policy_on
+from models.pair import Pair
 from models.phases.bc import BehaviourCloning
 from models.phases.flow_matching import FlowMatching, Z
 from models.probe import encode
@@ -78,18 +79,28 @@ def source(samples: int) -> ChunkSource:
     )
 
 
-def phases(preset: str, whole: ChunkSource) -> tuple[Encoder, dict[str, Phase]]:
-    """An untrained encoder, and the same head twice on it."""
+def untrained(preset: str, whole: ChunkSource) -> Encoder:
     reads = ReaderConfig(
         backbone="statevla", backbone_options={"preset": preset}, normalization="mean_std_signs", shift=0
     )
     (frames,) = whole.members
     stats = {"state": fit(frames.state), "action": fit(frames.action)}
-    encoder = Encoder.build(EncoderSpec(config=reads, schema=whole.schema, horizon=1), stats)
+    return Encoder.build(EncoderSpec(config=reads, schema=whole.schema, horizon=1), stats)
+
+
+def acting_by(encoder: Encoder, preset: str) -> Pair:
     config = PolicyConfig(head="statevla", head_options={"preset": preset, "gripper": -1})
-    in_loop, ours = (policy_on(encoder, config, horizon=HORIZON) for _ in range(2))
+    return policy_on(encoder, config, horizon=HORIZON)
+
+
+def phases(encoder: Encoder, preset: str) -> dict[str, Phase]:
+    """The same head twice."""
+    in_loop = acting_by(encoder, preset)
     in_loop.backbone.requires_grad_(False)
-    return encoder, {"ours": FlowMatching(ours, NoOptions()), "in_loop": BehaviourCloning(in_loop, NoOptions())}
+    return {
+        "ours": FlowMatching(acting_by(encoder, preset), NoOptions()),
+        "in_loop": BehaviourCloning(in_loop, NoOptions()),
+    }
 
 
 def trainer(phase: Phase, source: ChunkSource, batch: int) -> Callable[[], float]:
@@ -112,12 +123,15 @@ def trainer(phase: Phase, source: ChunkSource, batch: int) -> Callable[[], float
 
 def measure(preset: str, samples: int, batch: int, rounds: int) -> dict[str, Any]:
     whole = source(samples)
-    encoder, trained = phases(preset, whole)
+    encoder = untrained(preset, whole)
     began = time.process_time()
     z = encode(encoder, whole)
     once = time.process_time() - began
     blind = replace(whole.without_pictures(), beside={Z: z})
-    steps = {name: trainer(phase, blind if name == "ours" else whole, batch) for name, phase in trained.items()}
+    steps = {
+        name: trainer(phase, blind if name == "ours" else whole, batch)
+        for name, phase in phases(encoder, preset).items()
+    }
     error = 0.0
     for _ in range(2):
         ours, in_loop = (step() for step in steps.values())
@@ -157,7 +171,7 @@ def main() -> None:
         print(f"  {name:8s} {rate:8.1f} samples/CPU-s{noisy}")
     print(f"  ours x{result['in_loop_ratio']}; encoding, once: {result['once_per_cpu_second']} samples/CPU-s")
     if args.json:
-        print(json.dumps({"benchmark": "encodings", **result, "versions": {"torch": version("torch")}}))
+        print(json.dumps({"benchmark": "frozen_encoder", **result, "versions": {"torch": version("torch")}}))
 
 
 if __name__ == "__main__":
