@@ -70,19 +70,20 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    """Recipes side by side, the best first."""
+    """Recipes side by side, the best first; as wide as a terminal of 80."""
     rows = summary["rows"]
     about = (
         f"{summary['steps']} steps of {summary['batch_size']}, {rows[0]['episodes']} unseen seeds, {rows[0]['device']}"
     )
-    table = Table(title=about, title_justify="left")
-    for name in ("recipe", "success (95 %)", "p to the best", "parameters", "train samples/s", "ms/chunk", "peak MB"):
-        table.add_column(name, justify="left" if name == "recipe" else "right")
+    table = Table(title=about, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for name in ("recipe", "success", "95 %", "p to best", "params", "samples/s", "ms/chunk", "MB"):
+        table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
     for row in rows:
         low, high = row["interval"]
         table.add_row(
             row["recipe"],
-            f"{row['success']:.0%} ({low:.0%} to {high:.0%})",
+            f"{row['success']:.0%}",
+            f"{100 * low:.0f}-{high:.0%}",
             f"{row['p_value']:.2g}" if "p_value" in row else "",
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['samples_per_s']:.0f}",
