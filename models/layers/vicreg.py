@@ -37,8 +37,8 @@ def effective_rank(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
     Not centred: rows that are all alike have rank 1, however small the differences are made up of.
     """
-    smaller = z if z.shape[0] >= z.shape[1] else z.mT
-    squares = torch.linalg.eigvalsh((smaller.mT @ smaller).double()).clamp(min=0)
+    smaller = z.double() if z.shape[0] >= z.shape[1] else z.double().mT  # in float32 rounding has a rank of its own
+    squares = torch.linalg.eigvalsh(smaller.mT @ smaller).clamp(min=0)
     shares = squares.sqrt() / squares.sqrt().sum()
     return torch.exp(torch.special.entr(shares).sum()).to(z.dtype)
 
