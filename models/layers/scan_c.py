@@ -4,7 +4,7 @@
  channels      0 ... 15 | 16 ... 31 | ...        WIDE of them in one vector register, their states beside it
  t             0 ... 15 | 16 ... 31 | ...        as in `scan`: h kept before each block, backward does the block again
 ```
-Six times as fast as what plain PyTorch reaches: a state is read and written where it is, not once per operation. One
+Five times as fast as what plain PyTorch reaches: a state is read and written where it is, not once per operation. One
 file per number of states, kept in `.flywheel/kernels` under the digest of this text, the compiler and the processor.
 Sequences are shared out among torch's threads; a sum over channels has one order: the same input, the same bits.
 """
@@ -159,7 +159,7 @@ def recurrence(states: int) -> Callable[..., Tensor] | None:
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        log.info("Mamba's scan on cpu: portable; install a C compiler (apt-get install gcc) for one six times as fast")
+        log.info("Mamba's scan on cpu: portable; install a C compiler (apt-get install gcc) for one five times as fast")
         return None
     try:
         library = ctypes.CDLL(str(_compiled(compiler, states)))
