@@ -86,6 +86,9 @@ def ours_around(scan):
 def transformers_layer(use_mambapy: bool = False):
     from transformers import MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that it has no kernels here is what is measured
 
     sizes = {"hidden_size": WIDTH, "state_size": STATE, "time_step_rank": our_block().config.dt_rank}
     config = MambaConfig.from_dict(sizes | {"use_mambapy": use_mambapy})

@@ -114,7 +114,7 @@ def _compiler() -> Finding:
         required=False,
         found=f"{found} compiles Mamba's scan for the CPU"
         if found
-        else "no C compiler; Mamba's scan is eight times slower",
+        else "no C compiler; Mamba's scan is five times slower",
         mend="sudo apt-get install gcc",
     )
 
