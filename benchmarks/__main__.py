@@ -9,8 +9,11 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results"
 
 
-def measure(script: Path) -> dict:
-    """The JSON object on the script's last line; everything else it says goes to the terminal as it comes."""
+def measure(script: Path) -> dict | None:
+    """The JSON object on the script's last line; everything else it says goes to the terminal as it comes.
+
+    None when it ends with a line for people instead: there was nothing to measure on this machine.
+    """
     process = subprocess.Popen([sys.executable, script, "--json"], stdout=subprocess.PIPE, text=True)
     last = ""
     for line in process.stdout:
@@ -20,7 +23,10 @@ def measure(script: Path) -> dict:
     if process.wait():
         print(last, end="")
         raise SystemExit(process.returncode)
-    return json.loads(last)
+    if last.startswith("{"):
+        return json.loads(last)
+    print(last, end="")
+    return None
 
 
 def main(names: list[str]) -> None:
@@ -32,7 +38,9 @@ def main(names: list[str]) -> None:
         if names and script.stem not in names:
             continue
         print(f"== {script.stem}", flush=True)
-        result = {**measure(script), "commit": commit.stdout.strip()}
+        if not (found := measure(script)):
+            continue
+        result = {**found, "commit": commit.stdout.strip()}
         (RESULTS / f"{script.stem}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 

@@ -1,6 +1,6 @@
 """A Mamba block on the CPU, forward and backward: ours beside mamba-ssm's reference loop, transformers and mambapy.
 
-    python benchmarks/scan.py [--malloc default tuned] [--rounds 5] [--bandwidth 4.8] [--json]
+    python benchmarks/scan.py [--malloc default tuned] [--rounds 5] [--json]
 
 B = 8, L = 395, width 256, state 16, expansion 2, float32: StateVLA's encoder layer. Two jobs: `layer`, the whole block
 with the gradients of its input and of every parameter, and `scan`, the recurrence with its skip and gate. `portable`
@@ -13,10 +13,6 @@ Every implementation runs in a process of its own (so that its peak memory is it
 answer round by round in turn. The peers spend most of their time on fresh memory, so everything is measured twice:
 with glibc's malloc as it is, and `tuned` to hold on to what it has. CPU seconds, median of the rounds; `spread` is
 (max - min) / median.
-
-Where there is a GPU, the recurrence there too, in float32 and bf16: our Triton kernel, mamba-ssm's where it is
-installed, and the portable one. `share` is the part of the memory's bandwidth (`--bandwidth`, in TB/s) that would be
-needed if every input and gradient were moved once.
 """
 
 import argparse
@@ -241,85 +237,6 @@ def measure(job: str, malloc: str, rounds: int) -> dict:
     }
 
 
-def on_gpu(rounds: int, bandwidth: float, device: str = "cuda", length: int = L) -> list[dict]:
-    """The recurrence with its gradients on a GPU, per precision; equal in float32 before anything is timed."""
-    import torch
-
-    from models.layers.scan import portable_scan, scan_on
-    from models.layers.scan_triton import triton_scan
-
-    scans = {"ours": triton_scan, "portable": portable_scan}
-    if find_spec("mamba_ssm"):
-        scans["mamba_ssm"] = scan_on("cuda")
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        draw = torch.Generator(device).manual_seed(1)
-
-        def noise(*shape: int, dtype=dtype, draw=draw):
-            return torch.randn(*shape, generator=draw, device=device).to(dtype)
-
-        A = -torch.arange(1.0, STATE + 1, device=device).repeat(INNER, 1)
-        wide, narrow = (B, length, INNER), (B, length, STATE)
-        x, delta, gate, dy = noise(*wide), noise(*wide) - 4, noise(*wide), noise(*wide)
-        given = [x, delta, A, noise(*narrow), noise(*narrow), torch.ones(INNER, device=device), gate]
-        given = [t.requires_grad_() for t in given]
-
-        def work(scan, given=given, dy=dy):
-            y = scan(*given)
-            return [y.detach(), *torch.autograd.grad(y, given, dy)]
-
-        errors = {}
-        for name, scan in scans.items():
-            pairs = zip(work(scan), work(portable_scan), strict=True)
-            errors[name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-            if dtype == torch.float32 and not errors[name] < TOLERANCE:
-                raise SystemExit(f"on the GPU {name} differs from the portable scan by {errors[name]:.1e}")
-        times = {name: [] for name in scans}
-        for _ in range(rounds):
-            for name, scan in scans.items():
-                times[name].append(gpu_seconds(lambda scan=scan: work(scan), device))
-        seconds = {name: median(values) for name, values in times.items()}
-        moved = (11 * x.numel() + 6 * B * length * STATE) * x.element_size()  # x, delta, gate, y; with dy and 3 slopes
-        results.append(
-            {
-                "job": "scan",
-                "device": torch.cuda.get_device_name() if device == "cuda" else device,
-                "dtype": str(dtype).removeprefix("torch."),
-                "ratios": {name: round(s / seconds["ours"], 2) for name, s in seconds.items() if name != "ours"},
-                "seconds": seconds,
-                "share": {name: round(moved / s / bandwidth / 1e12, 3) for name, s in seconds.items()},
-                "errors": errors,
-            }
-        )
-    return results
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def gpu_seconds(work, device: str) -> float:
-    """Of one call, waited for."""
-    import torch
-
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    work()
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
-
-
-def report_gpu(result: dict) -> None:
-    print(f"\nscan on {result['device']}, {result['dtype']}")
-    for name, seconds in result["seconds"].items():
-        ratio = f"x{result['ratios'].get(name, 1):.1f}"
-        print(f"  {name:13s} {1e3 * seconds:9.3f} ms  {ratio:>8s}   {result['share'][name]:.1%} of the bandwidth")
-
-
 def report(result: dict) -> None:
     print(f"\n{result['job']}, malloc {result['malloc']}")
     for name, seconds in result["cpu_seconds"].items():
@@ -338,7 +255,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--malloc", nargs="+", choices=MALLOC, default=["tuned", "default"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bandwidth", type=float, default=4.8, help="of a GPU's memory, TB/s (4.8: H200)")
     parser.add_argument("--json", action="store_true", help="one object on the last line")
     args = parser.parse_args()
     os.environ.update(ONE_THREAD)
@@ -350,14 +266,11 @@ def main() -> None:
         for job in ("layer", "scan"):
             results.append(measure(job, malloc, args.rounds))
             report(results[-1])
-    gpu = on_gpu(args.rounds, args.bandwidth) if has_gpu() else []
-    for result in gpu:
-        report_gpu(result)
     if args.json:
         ratios = {ratio_key(name, result): ratio for result in results for name, ratio in result["ratios"].items()}
         libraries = {n: version(n) for n in ("torch", "transformers", "mambapy") if n != "mambapy" or find_spec(n)}
         sizes = {"batch": B, "length": L, "width": WIDTH, "state": STATE, "rounds": args.rounds}
-        said = {"results": results, "gpu": gpu, "errors": errors, "sizes": sizes, "versions": libraries}
+        said = {"results": results, "errors": errors, "sizes": sizes, "versions": libraries}
         print(json.dumps({"benchmark": "scan", **ratios, **said}))
 
 
